@@ -1,0 +1,108 @@
+// add_norm on CPU: a row is summed into fp32 scratch that stays in L1, so memory sees each input once and each output
+// once. Statistics are two-pass over that scratch (the mean, then the centred sum of squares), so a row with mean 1e4
+// and standard deviation 1 keeps its variance.
+#include "cpu_vec.h"
+
+namespace hf_fuse {
+namespace {
+
+// Calls body(i, vector count's worth of left elements) over a row, whole vectors first, so that their loop has no tail
+// checks. Four independent partial sums hide the latency of the adds; they are combined in a fixed order.
+template <typename A, typename Body>
+A sum_over(int64_t n, const Body& body) {
+  constexpr int64_t kStep = kLanes<A>, kWay = 4;
+  vec<A> total[kWay] = {};
+  int64_t i = 0;
+  for (; i + kWay * kStep <= n; i += kWay * kStep)
+    for (int64_t w = 0; w < kWay; ++w) total[w] += body(i + w * kStep, kStep);
+  for (; i < n; i += kStep) total[0] += body(i, n - i);
+  return sum_lanes<A>((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// row = the residual as the model dtype holds it, zero-padded to whole vectors; returns its sum.
+template <typename T, int kInputs>
+acc_t<T> sum_inputs(const AddNormForward& p, int64_t token, acc_t<T>* row) {
+  using A = acc_t<T>;
+  const T* x = at<T>(p.x, token * p.x_stride);
+  const T* delta1 = at<T>(p.delta1, token * p.delta1_stride);
+  const T* delta2 = at<T>(p.delta2, token * p.delta2_stride);
+  T* residual = at<T>(p.residual, token * p.hidden_size);
+  return sum_over<A>(p.hidden_size, [&](int64_t i, int64_t left) {
+    vec<A> v = load_vec(x + i, left);
+    if constexpr (kInputs > 1) {
+      vec<A> delta = load_vec(delta1 + i, left);
+      if constexpr (kInputs > 2) delta = round_vec<T>(delta + load_vec(delta2 + i, left));
+      v = round_vec<T>(delta + v);
+      store_vec<T>(v, residual + i, left);
+    }
+    std::memcpy(row + i, &v, 64);
+    return v;
+  });
+}
+
+template <typename A>
+A sum_of_squares(A* row, A shift, int64_t n) {
+  const int64_t padded = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  for (int64_t i = n; i < padded; ++i) row[i] = shift;  // the padding counts for nothing
+  return sum_over<A>(padded, [&](int64_t i, int64_t) {
+    const vec<A> centred = load_vec(row + i) - shift;
+    return centred * centred;
+  });
+}
+
+template <typename T, bool kRms, bool kBias>
+void write_normed(const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const T* weight, const T* bias, T* dst, int64_t n) {
+  using A = acc_t<T>;
+  const auto write = [&](int64_t i, int64_t left) {
+    vec<A> v = load_vec(row + i);
+    if constexpr (kRms) {
+      v = round_vec<T>(v * rstd) * load_vec(weight + i, left);
+    } else {
+      v = (v - mean) * rstd * load_vec(weight + i, left);
+      if constexpr (kBias) v += load_vec(bias + i, left);
+    }
+    store_vec<T>(v, dst + i, left);
+  };
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) write(i, kLanes<A>);
+  if (i < n) write(i, n - i);
+}
+
+template <typename T>
+void write_normed(const AddNormForward& p, const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const void* weight_ptr,
+                  const void* bias_ptr, T* dst) {
+  const T* weight = static_cast<const T*>(weight_ptr);
+  const T* bias = static_cast<const T*>(bias_ptr);
+  if (p.rms) return write_normed<T, true, false>(row, mean, rstd, weight, bias, dst, p.hidden_size);
+  if (bias) return write_normed<T, false, true>(row, mean, rstd, weight, bias, dst, p.hidden_size);
+  write_normed<T, false, false>(row, mean, rstd, weight, bias, dst, p.hidden_size);
+}
+
+template <typename T>
+void forward_rows(const AddNormForward& p, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const int64_t n = p.hidden_size;
+  A* row = scratch<A>(0, n + kLanes<A>);
+  for (int64_t token = begin; token < end; ++token) {
+    const A sum = p.delta2   ? sum_inputs<T, 3>(p, token, row)
+                  : p.delta1 ? sum_inputs<T, 2>(p, token, row)
+                             : sum_inputs<T, 1>(p, token, row);
+    const A mean = p.rms ? A(0) : sum / n;
+    const A rstd = 1 / std::sqrt(sum_of_squares(row, mean, n) / n + static_cast<A>(p.eps));
+    if (p.mean) *at<A>(p.mean, token) = mean;
+    if (p.rstd) *at<A>(p.rstd, token) = rstd;
+    write_normed<T>(p, row, mean, rstd, p.weight1, p.bias1, at<T>(p.normed1, token * n));
+    if (p.weight2) write_normed<T>(p, row, mean, rstd, p.weight2, p.bias2, at<T>(p.normed2, token * n));
+  }
+}
+
+}  // namespace
+
+void add_norm_forward(const AddNormForward& p, void*) {
+  dispatch(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    for_each_row(p.num_tokens, p.hidden_size, [&](int64_t begin, int64_t end) { forward_rows<T>(p, begin, end); });
+  });
+}
+
+}  // namespace hf_fuse

@@ -1,0 +1,279 @@
+"""The command line: `hf-fuse ppl | tpot | demo | doctor | supported`.
+
+What a user can mend (a wrong name, a missing file or package) is one line on stderr, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+# What is heavy (torch, transformers) is imported by the commands, so that --help answers at once.
+if TYPE_CHECKING:
+    from hf_fuse.eval.text import Text
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_BACKENDS = ("auto", "cuda", "cpu", "reference")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns 0; 1 when the demo's answers differ or the doctor finds no CPU kernels; 2 for an error
+    that the user can mend. Options that cannot be parsed exit with 2, as argparse does.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given, argparse.Namespace(given=given))
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        if not _is_usage_error(error):
+            raise
+        print(f"hf-fuse: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _ppl(arguments: argparse.Namespace) -> int:
+    from hf_fuse.eval.environment import UsageError
+    from hf_fuse.eval.loading import encode
+    from hf_fuse.eval.perplexity import evaluate_perplexity
+    from hf_fuse.eval.report import perplexity_table
+
+    text, model, tokenizer, options = _prepare(arguments)
+    positions = _positions(model)
+    context = arguments.context or min(1024, positions)
+    stride = arguments.stride or max(1, context // 2)
+    if not 2 <= context <= positions:
+        raise UsageError(f"--context must be from 2 to the model's {positions}, got {context}")
+    if stride > context:
+        raise UsageError(f"--stride must be at most the context of {context}, got {stride}")
+    result = evaluate_perplexity(
+        model,
+        encode(tokenizer, text, arguments.max_tokens),
+        context=context,
+        stride=stride,
+        batch_size=arguments.batch_size,
+        reference=not arguments.no_reference,
+        **options,
+    )
+    print(f"{arguments.model}, {_dtype_of(model)}, {text.name}\n\n{perplexity_table(result)}")
+    facts = {"text": text.name, "text_digest": text.digest}
+    _save(arguments, model, "perplexity", facts, result, perplexities={_short(arguments): result})
+    return 0
+
+
+def _tpot(arguments: argparse.Namespace) -> int:
+    from hf_fuse.eval.decode import evaluate_decode
+    from hf_fuse.eval.environment import UsageError
+    from hf_fuse.eval.loading import prompts
+    from hf_fuse.eval.report import decode_table
+
+    text, model, tokenizer, options = _prepare(arguments)
+    positions, wanted = _positions(model), arguments.prompt_length + arguments.new_tokens
+    if wanted > positions:
+        raise UsageError(
+            f"--prompt-length plus --new-tokens is {wanted}, over the model's {positions} positions"
+        )
+    prompt = prompts(tokenizer, text, arguments.batch_size, arguments.prompt_length)
+    result = evaluate_decode(
+        model,
+        prompt.to(_device_of(model)),
+        new_tokens=arguments.new_tokens,
+        repeats=arguments.repeats,
+        **options,
+    )
+    print(f"{arguments.model}, {_dtype_of(model)}\n\n{decode_table(result)}")
+    _save(arguments, model, "decode", {}, result, decodes={_short(arguments): result})
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from hf_fuse.eval.demo import run_demo
+
+    rows = run_demo(
+        device=arguments.device,
+        dtype=arguments.dtype,
+        backend=arguments.backend,
+        json_path=arguments.json,
+        png_path=arguments.png,
+        arguments=arguments.given,
+    )
+    return 0 if all(row.same_answers for row in rows) else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from hf_fuse import jit
+
+    checks = jit.doctor()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok' if check.ok else 'NO'}  {check.name.ljust(width)}  {check.detail}")
+        if check.fix:
+            print(f"    {' ' * width}  {check.fix}")
+    return 0 if any(check.ok for check in checks if check.name == "cpu kernels") else 1
+
+
+def _supported(arguments: argparse.Namespace) -> int:
+    import hf_fuse
+
+    print("\n".join(sorted(hf_fuse.supported())))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is one --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="hf-fuse", description="Evaluate hf_fuse on a transformers model.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    ppl = _command(commands, "ppl", _ppl, "perplexity, unpatched and patched, on the same windows")
+    _model_options(ppl)
+    _count(ppl, "--context", None, "tokens a window reads; default the model's, at most 1024")
+    _count(ppl, "--stride", None, "tokens a window moves; default half the context")
+    _count(ppl, "--batch-size", 4, "windows a forward pass")
+    _count(ppl, "--max-tokens", None, "use only the first N tokens of the text")
+    ppl.add_argument("--no-reference", action="store_true", help="skip the fp32 reference")
+
+    tpot = _command(commands, "tpot", _tpot, "time to first token and time per output token")
+    _model_options(tpot)
+    _count(tpot, "--prompt-length", 128, "tokens a row")
+    _count(tpot, "--new-tokens", 128, "tokens to generate a row", least=2)
+    _count(tpot, "--batch-size", 1, "rows")
+    _count(tpot, "--repeats", 3, "timed turns a variant")
+
+    demo = _command(commands, "demo", _demo, "both, over the three tiny models, in one table")
+    _run_options(demo, dtype="float32", json="results/demo.json", png="results/demo.png")
+    _command(commands, "doctor", _doctor, "what is on this machine, and how to mend what is not")
+    _command(commands, "supported", _supported, "the architectures that hf_fuse knows")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    tiny = "tiny-llama, tiny-gpt_neox, tiny-gpt2"
+    parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub name, or one of {tiny}")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="a UTF-8 text; default Python's own manual")
+    source.add_argument("--dataset", metavar="NAME", help="of the hub, owner/name[:config]")
+    parser.add_argument("--ops", metavar="A,B", help="fuse only these ops, for example add_norm")
+    _run_options(parser, dtype="auto", json=None, png=None)
+
+
+def _run_options(
+    parser: argparse.ArgumentParser, *, dtype: str, json: str | None, png: str | None
+) -> None:
+    parser.add_argument("--dtype", choices=_DTYPES, default=dtype, help=f"default {dtype}")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
+    parser.add_argument("--backend", choices=_BACKENDS, default="auto", help="default auto")
+    parser.add_argument(
+        "--json", metavar="FILE", default=json, help=f"save numbers; default {json}"
+    )
+    parser.add_argument("--png", metavar="FILE", default=png, help=f"save a picture; default {png}")
+
+
+def _count(
+    parser: argparse.ArgumentParser, option: str, default: int | None, text: str, least: int = 1
+) -> None:
+    def count(value: str) -> int:
+        if not value.isdecimal() or int(value) < least:
+            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from {least} up")
+        return int(value)
+
+    shown = text if default is None else f"{text}; default {default}"
+    parser.add_argument(option, type=count, default=default, metavar="N", help=shown)
+
+
+def _prepare(arguments: argparse.Namespace) -> tuple[Text, Any, Any, dict[str, Any]]:
+    """The text, the model, its tokenizer, and the options for `hf_fuse.patched`.
+
+    Everything that can be wrong is found here, before the long work: the patch is tried, verified.
+    """
+    from hf_fuse.eval.environment import require
+    from hf_fuse.eval.loading import check_patchable, load_model
+
+    if arguments.png:
+        require("matplotlib", "eval", "--png")
+    text = _text(arguments)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    options: dict[str, Any] = {"backend": arguments.backend}
+    if arguments.ops:
+        options["ops"] = {op.strip() for op in arguments.ops.split(",") if op.strip()}
+    check_patchable(model, **options)
+    return text, model, tokenizer, options
+
+
+def _text(arguments: argparse.Namespace) -> Text:
+    from hf_fuse.eval.text import dataset_text, file_text, pydoc_text
+
+    if arguments.text:
+        return file_text(arguments.text)
+    return dataset_text(arguments.dataset) if arguments.dataset else pydoc_text("held-out")
+
+
+def _save(
+    arguments: argparse.Namespace,
+    model: Any,
+    kind: str,
+    facts: dict[str, Any],
+    result: Any,
+    **drawings: Any,
+) -> None:
+    from hf_fuse.eval.report import write_json, write_png
+
+    if arguments.json:
+        payload = {
+            "model": _short(arguments),
+            "model_type": model.config.model_type,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": _dtype_of(model),
+            **facts,
+            "result": result.to_dict(),
+        }
+        device = _device_of(model)
+        write_json(arguments.json, kind, payload, device=device, arguments=arguments.given)
+    if arguments.png:
+        write_png(arguments.png, **drawings)
+
+
+def _positions(model: Any) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _device_of(model: Any) -> Any:
+    return next(model.parameters()).device
+
+
+def _dtype_of(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _short(arguments: argparse.Namespace) -> str:
+    from hf_fuse.eval.environment import without_folder
+
+    return without_folder(arguments.model)
+
+
+def _is_usage_error(error: ValueError) -> bool:
+    from hf_fuse.eval.environment import UsageError
+
+    return isinstance(error, UsageError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

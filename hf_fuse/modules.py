@@ -1,0 +1,290 @@
+"""What the fused classes of every architecture share: the normed row that travels with the residual
+stream.
+
+A pre-norm layer ends with an add and the next one opens with a norm of that sum. `carry` computes
+both in one kernel and hangs the normed row on the residual tensor; the norm module that is called
+with that very tensor (a `FusedNorm`) takes its row from there. Everything else sees what it always
+saw: the layer returns the true residual stream, the norm module is called and its hooks fire. A
+tensor without a row (first layer, replaced by a hook, written in place, another device) makes the
+norm compute its own.
+
+Under torch.compile the fused classes step aside and transformers' own code is traced: Inductor
+fuses across what an opaque kernel would cut.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, StaticLayer
+
+from hf_fuse import ops
+from hf_fuse.ops.rotary import reference as rotary_reference
+
+STATE = "_hf_fuse"  # the key in a swapped module's __dict__
+_CARRIED = "_hf_fuse_carried"  # the attribute of a residual tensor
+
+
+@dataclass(eq=False)
+class Fused:
+    """What a swapped module knows: what it was, where it runs, which norms read its output."""
+
+    original: type[nn.Module]
+    op: str
+    backend: str = "auto"
+    next_norms: tuple[nn.Module, ...] = ()
+    notes: Counter[str] = field(
+        default_factory=Counter
+    )  # reasons a call was left to transformers' own code
+
+
+class Carried:
+    """The normed rows of one residual tensor, for the norm modules named. Never saved or copied
+    with the tensor.
+    """
+
+    __slots__ = ("norms", "rows", "version")
+
+    def __init__(
+        self,
+        norms: tuple[nn.Module, ...] = (),
+        rows: tuple[Tensor, ...] = (),
+        version: int | None = None,
+    ):
+        self.norms, self.rows, self.version = list(norms), list(rows), version
+
+    def __bool__(self) -> bool:
+        return bool(self.norms)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Carried, ()
+
+
+step_aside = torch.compiler.is_compiling
+
+
+def state_of(module: nn.Module) -> Fused:
+    """The `Fused` of a swapped module."""
+    return module.__dict__[STATE]
+
+
+def carry(layer: nn.Module, norms: tuple[nn.Module, ...], x: Tensor, *deltas: Tensor) -> Tensor:
+    """The sum of `x` and `deltas`, carrying its rows for `norms`, in one kernel where that can be
+    done.
+
+    The order of the sum is (deltas[0] + deltas[1]) + x. Without deltas, `x` itself with rows hung
+    on it.
+    """
+    fused = state_of(layer)
+    x, deltas = _one_dtype(x, deltas)
+    reason = refusal(norms, x)
+    if reason:
+        fused.notes[reason] += 1
+        return x if not deltas else (deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]) + x
+    first, second = norms[0], norms[1] if len(norms) == 2 else None
+    residual, row, row2 = ops.add_norm(
+        x,
+        first.weight,
+        first.norm_bias,
+        eps=first.norm_eps,
+        kind=first.kind,
+        deltas=deltas,
+        weight2=None if second is None else second.weight,
+        bias2=None if second is None else second.norm_bias,
+        backend=fused.backend,
+    )
+    rows = (row,) if row2 is None else (row, row2)
+    setattr(residual, _CARRIED, Carried(norms, rows, _version(residual)))
+    return residual
+
+
+def hand_over(layer: nn.Module, x: Tensor, *deltas: Tensor) -> Tensor:
+    """`carry` for the sum that ends a layer, to the norms that open the next."""
+    fused = state_of(layer)
+    reason = _cannot_cross(layer, x)
+    if reason:
+        fused.notes[reason] += 1
+    return carry(layer, () if reason else fused.next_norms, x, *deltas)
+
+
+def open_together(layer: nn.Module, norms: tuple[nn.Module, ...], x: Tensor) -> Tensor:
+    """For a layer whose input feeds two norms: both in one kernel, where the layer before has not
+    done it.
+    """
+    if len(norms) < 2 or getattr(x, _CARRIED, None) or _cannot_cross(layer, x):
+        return x
+    return carry(layer, norms, x)
+
+
+def take(norm: nn.Module, x: Tensor) -> Tensor | None:
+    """The row `x` carries for `norm`, if it is still the norm of `x`."""
+    carried = getattr(x, _CARRIED, None)
+    if carried is None:
+        return None
+    for i, owner in enumerate(carried.norms):
+        if owner is norm and carried.version == _version(x):
+            row = carried.rows[i]
+            if torch.is_grad_enabled():
+                # A row from a no_grad forward (reentrant checkpointing) must not cut the graph.
+                return row if row.requires_grad or not x.requires_grad else None
+            del carried.norms[i], carried.rows[i]  # kept hidden states must not keep the rows
+            return row
+    return None
+
+
+def _one_dtype(x: Tensor, deltas: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Under autocast the branches are narrower than the stream; promote as `+` would."""
+    if all(d.dtype == x.dtype for d in deltas):
+        return x, deltas
+    delta = deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]
+    dtype = torch.promote_types(delta.dtype, x.dtype)
+    return x.to(dtype), (delta.to(dtype),)
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def _cannot_cross(layer: nn.Module, x: Tensor) -> str | None:
+    """Why a row may not leave or enter `layer` with the residual stream, or None."""
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return "gradient checkpointing: a recomputed layer must find what it found the first time"
+    if x.is_inference() and (layer._forward_hooks or layer._forward_pre_hooks):
+        return "hooks in inference mode: a write in place could not be seen"
+    return None
+
+
+def refusal(norms: tuple[nn.Module, ...], x: Tensor) -> str | None:
+    """Why `norms` of a tensor like `x` cannot be fused, or None."""
+    if not norms:
+        return "no fused norm reads this sum"
+    for norm in norms:
+        if not isinstance(norm, FusedNorm):
+            return f"{type(norm).__name__} is not a fused norm"
+        for tensor in (norm.weight, getattr(norm, "bias", None)):
+            if tensor is None:
+                continue
+            if type(tensor) not in (nn.Parameter, Tensor):
+                return f"the norm's weight is a {type(tensor).__name__}"
+            if tensor.device != x.device or tensor.dtype != x.dtype or tensor.shape != x.shape[-1:]:
+                return "the norm's weight and its input differ in device, dtype or size"
+        if norm.weight is None:
+            return "the norm has no weight"
+        if norm.norm_eps != norms[0].norm_eps or norm.kind != norms[0].kind:
+            return "the norms of one row differ in kind or eps"
+    if (
+        x.dtype != torch.float32
+        and norms[0].kind == "layer"
+        and torch.is_autocast_enabled(x.device.type)
+    ):
+        return "autocast computes this LayerNorm in float32"
+    return None
+
+
+class FusedNorm(nn.Module):
+    """A norm that takes its row from the tensor it is called with, or computes it with the fused
+    op.
+    """
+
+    kind: str
+    norm_eps: float
+    norm_bias: Tensor | None = None
+    weight: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if step_aside():
+            return super().forward(hidden_states)
+        row = take(self, hidden_states)
+        if row is not None:
+            return row
+        fused = state_of(self)
+        reason = refusal((self,), hidden_states)
+        if reason:
+            fused.notes[reason] += 1
+            return super().forward(hidden_states)
+        return ops.add_norm(
+            hidden_states,
+            self.weight,
+            self.norm_bias,
+            eps=self.norm_eps,
+            kind=self.kind,
+            backend=fused.backend,
+        )[1]
+
+
+class FusedLayerNorm(FusedNorm, nn.LayerNorm):
+    """nn.LayerNorm over the last dimension."""
+
+    kind = "layer"
+
+    @property
+    def norm_eps(self) -> float:  # type: ignore[override]
+        return self.eps
+
+    @property
+    def norm_bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.bias
+
+
+def rotate_and_cache(
+    attention: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position_embeddings: Any,
+    cache: Cache | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate q and k and put k and v into the cache; returns what attention reads.
+
+    With a plain static cache and nothing to differentiate, one kernel rotates and writes into the
+    cache. q is [batch, heads, seq_len, head_dim], k and v [batch, kv_heads, seq_len, head_dim].
+    """
+    cos, sin = position_embeddings
+    fused = state_of(attention)
+    if cos.dtype != q.dtype:  # autocast: torch promotes
+        fused.notes["cos and sin differ from q in dtype"] += 1
+        q, k = rotary_reference(q, k, cos, sin)
+    else:
+        static = _plain_static_layer(cache, attention.layer_idx, k, v)
+        if static is not None:
+            q = q.clone()  # q is a view of a projection's output, which a hook may have kept
+            ops.rotary_cache_(
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                static.keys,
+                static.values,
+                static.cumulative_length,
+                backend=fused.backend,
+            )
+            return q, static.keys, static.values
+        q, k = ops.rotary(q, k, cos, sin, backend=fused.backend)
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
+    return q, k, v
+
+
+def _plain_static_layer(
+    cache: Cache | None, index: int, k: Tensor, v: Tensor
+) -> StaticLayer | None:
+    """The static cache layer a fused write may go to, made ready; None when its own `update` must
+    run.
+    """
+    if cache is None or getattr(cache, "offloading", False) or len(cache.layers) <= index:
+        return None
+    layer = cache.layers[index]
+    if type(layer) is not StaticLayer or (
+        torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    ):
+        return None
+    if not layer.is_initialized:
+        layer.lazy_initialization(k, v)
+    if layer.keys.dtype != k.dtype or layer.keys.device != k.device:
+        return None
+    return layer

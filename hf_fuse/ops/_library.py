@@ -1,0 +1,79 @@
+"""Which ops are there, and the way into them.
+
+`kernels(device_type)` builds and loads a backend on the first question and answers from a dict
+afterwards. Once the C++ schemas exist, every op's fake (meta) implementation and autograd formula
+are registered with `torch.library`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hf_fuse import jit
+
+NAMESPACE = "hf_fuse"
+BACKENDS = ("auto", "cuda", "cpu", "reference")
+
+_ready: dict[str, bool] = {}
+_registrations: list[Callable[[], None]] = []
+
+
+def on_load(register: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: run `register` once, when the schemas exist."""
+    _registrations.append(register)
+    return register
+
+
+def kernels(device_type: str) -> bool:
+    """True when the fused kernels for tensors on `device_type` are loaded."""
+    ready = _ready.get(device_type)
+    return _prepare(device_type) if ready is None else ready
+
+
+def _prepare(device_type: str) -> bool:
+    if device_type not in ("cpu", "cuda"):
+        return False
+    ready = jit.load(device_type)
+    if ready:
+        while _registrations:
+            _registrations.pop()()
+    _ready[device_type] = ready
+    return ready
+
+
+def use_kernel(x: torch.Tensor, backend: str) -> bool:
+    """Whether an op on `x` runs its kernel (True) or its reference (False).
+
+    Raises ValueError for an unknown backend and RuntimeError when "cpu" or "cuda" was asked for and
+    cannot be had.
+    """
+    if backend == "auto":
+        return kernels(x.device.type)
+    if backend == "reference":
+        return False
+    if backend not in BACKENDS:
+        raise ValueError(f"hf_fuse: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if x.device.type != backend:
+        raise RuntimeError(
+            f"hf_fuse: backend {backend!r} was asked for, but the tensor is on {x.device}"
+        )
+    if not kernels(backend):
+        raise RuntimeError(
+            f"hf_fuse: backend {backend!r} was asked for, but it could not be built: "
+            f"{jit.failures[backend]}"
+        )
+    return True
+
+
+def no_autograd(*tensors: torch.Tensor | None) -> bool:
+    """True when nothing is to be differentiated, so that a call may skip the (Python) autograd
+    layer.
+    """
+    if not torch.is_grad_enabled():
+        return True
+    return not any(t is not None and t.requires_grad for t in tensors)
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd

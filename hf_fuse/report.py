@@ -1,0 +1,143 @@
+"""What a patch did, as a dict and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+
+import torch
+import transformers
+from torch import nn
+
+from hf_fuse import jit
+from hf_fuse.modules import STATE, Fused
+
+RECORD = "_hf_fuse_patch"  # the key in a patched backbone's __dict__
+
+
+@dataclass(eq=False)
+class PatchRecord:
+    """What `patch` was asked for and what it left alone."""
+
+    model_type: str
+    ops: tuple[str, ...]
+    backend: str
+    skipped: dict[str, tuple[str, str]] = field(default_factory=dict)  # module -> (op, reason)
+    verified: str = "not asked for"
+
+
+@dataclass(frozen=True)
+class FusedModule:
+    """One swapped module: its name in the model, its class before and now, the op it uses and where
+    that runs.
+    """
+
+    name: str
+    original: str
+    fused: str
+    op: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a model: `str(report)` for reading, `to_dict()` for programs."""
+
+    model: str
+    patched: bool
+    model_type: str | None = None
+    ops: tuple[str, ...] = ()
+    verified: str | None = None
+    modules: tuple[FusedModule, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)  # module -> why
+    left_to_transformers: dict[str, int] = field(default_factory=dict)  # reason -> calls
+    failures: dict[str, str] = field(default_factory=dict)  # backend -> why it is not there
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """The report as plain data, ready for json."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if not self.patched:
+            return f"{self.model}: not patched by hf_fuse"
+        lines = [f"{self.model} ({self.model_type}): patched with {', '.join(self.ops)}"]
+        lines += [f"  verified: {self.verified}"]
+        for (fused, original, op, backend), group in groupby(
+            sorted(self.modules, key=_kind), key=_kind
+        ):
+            names = [m.name for m in group]
+            where = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
+            lines.append(f"  {op:<10} {original} -> {fused} on {backend}: {where}")
+        lines += [
+            f"  left alone: {reason}: {', '.join(_by_reason(self.skipped)[reason])}"
+            for reason in _by_reason(self.skipped)
+        ]
+        lines += [
+            f"  left to transformers: {reason} ({count} calls)"
+            for reason, count in self.left_to_transformers.items()
+        ]
+        lines += [
+            f"  {backend} kernels are not there: {why}" for backend, why in self.failures.items()
+        ]
+        return "\n".join(lines)
+
+
+def _kind(module: FusedModule) -> tuple[str, str, str, str]:
+    return module.fused, module.original, module.op, module.backend
+
+
+def _by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    return {
+        reason: names if len(names) < 4 else [f"{names[0]} .. {names[-1]} ({len(names)})"]
+        for reason, names in reasons.items()
+    }
+
+
+def build_report(model: nn.Module) -> Report:
+    """Read the state of `model` from its modules."""
+    name = type(model).__name__
+    records = {n: m.__dict__[RECORD] for n, m in model.named_modules() if RECORD in m.__dict__}
+    if not records:
+        return Report(name, patched=False)
+    first = next(iter(records.values()))
+    modules, notes = [], Counter[str]()
+    for path, module in model.named_modules():
+        state = module.__dict__.get(STATE)
+        if state is not None:
+            where = _backend(module, state)
+            modules.append(
+                FusedModule(
+                    path, state.original.__name__, type(module).__qualname__, state.op, where
+                )
+            )
+            notes.update(state.notes)
+    skipped = {
+        ".".join(filter(None, (prefix, path))): f"{op}: {reason}"
+        for prefix, record in records.items()
+        for path, (op, reason) in record.skipped.items()
+    }
+    return Report(
+        model=name,
+        patched=True,
+        model_type=first.model_type,
+        ops=tuple(dict.fromkeys(sorted(m.op for m in modules))),
+        verified=first.verified,
+        modules=tuple(modules),
+        skipped=skipped,
+        left_to_transformers=dict(notes),
+        failures={backend: str(error) for backend, error in jit.failures.items()},
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def _backend(module: nn.Module, state: Fused) -> str:
+    parameter = next(module.parameters(), None)
+    device = "cpu" if parameter is None else parameter.device.type
+    if state.backend == "reference" or not jit.is_loaded(device):
+        return f"the reference ({device})"
+    return f"{device} kernels"

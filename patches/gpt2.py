@@ -1,0 +1,88 @@
+"""GPT-2: pre-norm, LayerNorm, learned positions, Conv1D projections, dropout inside attention and
+MLP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.gpt2 import modeling_gpt2 as hf
+
+from hf_fuse import ops
+from hf_fuse.modules import FusedLayerNorm, carry, hand_over, state_of, step_aside
+from hf_fuse.ops.activations import from_module
+from hf_fuse.patches.architecture import Architecture, Swap, unknown_activation
+
+
+class FusedGPT2Block(hf.GPT2Block):
+    """The block with each add fused to the norm that reads it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        arguments = {
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        if (
+            step_aside() or encoder_hidden_states is not None
+        ):  # the latter only to raise what transformers raises
+            return super().forward(
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                **arguments,
+            )
+        attention, _ = self.attn(self.ln_1(hidden_states), **arguments)
+        hidden_states = carry(self, (self.ln_2,), hidden_states, attention)
+        mlp = self.mlp(self.ln_2(hidden_states))
+        return hand_over(self, hidden_states, mlp)
+
+
+class FusedGPT2MLP(hf.GPT2MLP):
+    """The MLP with its activation in one kernel; gelu_new is eight in eager mode."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        act = from_module(self.act)
+        if act is None or step_aside():
+            return super().forward(hidden_states)
+        hidden_states = ops.bias_act(
+            self.c_fc(hidden_states), None, act, backend=state_of(self).backend
+        )
+        return self.dropout(self.c_proj(hidden_states))
+
+
+def opening_norms(layer: nn.Module) -> tuple[nn.Module, ...]:
+    return (layer.ln_1,)
+
+
+def refuse_cross_attention(model: nn.Module) -> str | None:
+    if model.config.add_cross_attention:
+        return "add_cross_attention=True: the block has a third residual add, for the encoder"
+    return None
+
+
+ARCHITECTURE = Architecture(
+    model_type="gpt2",
+    backbone=hf.GPT2Model,
+    layers="h",
+    final_norm="ln_f",
+    opening_norms=opening_norms,
+    refuse=refuse_cross_attention,
+    swaps=(
+        Swap("add_norm", hf.GPT2Block, FusedGPT2Block),
+        Swap("add_norm", nn.LayerNorm, FusedLayerNorm),
+        Swap("bias_act", hf.GPT2MLP, FusedGPT2MLP, refuse=unknown_activation("act")),
+    ),
+)

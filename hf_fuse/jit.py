@@ -68,6 +68,7 @@ class Build:
     cflags: tuple[str, ...]
     cuda_flags: tuple[str, ...]
     compilers: tuple[str, ...]
+    prelude: str = ""  # included before each CUDA source
 
     @property
     def key(self) -> str:
@@ -77,7 +78,8 @@ class Build:
         for path in (*self.sources, *headers):
             digest.update(path.name.encode() + path.read_bytes())
         cpu = _cpu_features() if "-march=native" in self.cflags else ""
-        for part in (self.cflags, self.cuda_flags, self.compilers, torch.__version__, cpu):
+        parts = (self.cflags, self.cuda_flags, self.prelude, self.compilers, torch.__version__, cpu)
+        for part in parts:
             digest.update(repr(part).encode())
         return digest.hexdigest()[:16]
 
@@ -157,10 +159,12 @@ def plan(backend: str) -> Build:
         )
     extra_nvcc = tuple(os.environ.get("HF_FUSE_NVCC_FLAGS", "").split())
     sizes = os.environ.get("HF_FUSE_HIDDEN_SIZES") or ",".join(map(str, HIDDEN_SIZES))
-    cuda_flags = (*NVCC_FLAGS, f"-DHF_FUSE_HIDDEN_SIZES={sizes}", *_gencode(), *extra_nvcc)
+    prelude = f"#define HF_FUSE_HIDDEN_SIZES {sizes}\n"  # nvcc splits a -D at its commas
+    cuda_flags = (*NVCC_FLAGS, *_gencode(), *extra_nvcc)
     cflags = (*CXX_FLAGS, "-DHF_FUSE_CUDA", "-DUSE_CUDA", *extra_cxx)
     sources = (bindings, *sorted((SOURCES / "cuda").glob("*.cu")))
-    return Build("cuda", sources, cflags, cuda_flags, (_version_of(*_cxx()), _version_of(_nvcc())))
+    compilers = (_version_of(*_cxx()), _version_of(_nvcc()))
+    return Build("cuda", sources, cflags, cuda_flags, compilers, prelude)
 
 
 def _gencode() -> tuple[str, ...]:
@@ -178,12 +182,16 @@ def _compile(build: Build) -> None:
     if shutil.which("ninja") is None:
         raise BuildError("ninja was not found.", "Install it: pip install ninja.")
     with_cuda = build.backend == "cuda"
+    cuda_flags = list(build.cuda_flags)
+    if build.prelude:
+        (build.folder / "prelude.h").write_text(build.prelude)
+        cuda_flags += ["-include", str(build.folder / "prelude.h")]
     try:
         cpp_extension.load(
             name=build.library.stem,
             sources=[str(s) for s in build.sources],
             extra_cflags=list(build.cflags),
-            extra_cuda_cflags=list(build.cuda_flags),
+            extra_cuda_cflags=cuda_flags,
             extra_include_paths=[str(SOURCES / "include")],
             build_directory=str(build.folder),
             with_cuda=with_cuda,

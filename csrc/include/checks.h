@@ -26,6 +26,11 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+// The C shim answers with an error code.
+inline void check_torch(int32_t error) {
+  if (error) fail("a call into torch failed, error code ", error);
+}
+
 inline std::string shape_of(const Tensor& t) {
   std::string text = "[";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
@@ -116,8 +121,8 @@ inline Rows rows_of(const Tensor& t) {
 inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+  check_torch(aoti_torch_get_device_type(like.get(), &device_type));
+  check_torch(aoti_torch_empty_strided(dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                                          device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
@@ -157,7 +162,7 @@ inline int64_t rows_in(const Tensor& t) {
 #ifdef HF_FUSE_CUDA
 inline void* stream_of(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  check_torch(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
 }
 // Kernels launch on the tensors' device, whatever the current one is.

@@ -1,0 +1,38 @@
+// Sums over the threads of a row, in an order that depends on the block's shape alone.
+#pragma once
+
+namespace hf_fuse {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxWarps = 32;
+
+// Every thread of the row gets the sums. A row is one warp (any blockDim.y) or a whole block
+// (blockDim.y == 1). One barrier: two calls in a row need different `shared`, the third may use the
+// first one's again.
+template <int kValues>
+__device__ inline void row_sum(float (&values)[kValues], float (&shared)[kValues][kMaxWarps],
+                               int threads) {
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) {
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+      values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
+    }
+  }
+  if (threads == kWarpSize) return;
+  const int warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) shared[k][warp] = values[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kValues; ++k) values[k] = 0.f;
+#pragma unroll 4
+  for (int w = 0; w < threads / kWarpSize; ++w) {
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) values[k] += shared[k][w];
+  }
+}
+
+}  // namespace hf_fuse

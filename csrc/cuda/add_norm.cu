@@ -27,7 +27,8 @@ struct RowShape {
 // many, short rows take a warp each (no barrier), longer ones 64 to 256 threads: several blocks a
 // multiprocessor then load while others sum, at 32 to 64 KB in flight each.
 constexpr int kFewTokens = 256;
-constexpr int kMaxVectors = 2048;  // beyond it, a row does not fit in registers
+constexpr int64_t kPastL2 = 32 << 20;  // bytes written that nobody will find in L2
+constexpr int kMaxVectors = 2048;      // beyond it, a row does not fit in registers
 constexpr RowShape row_shape(int vectors, bool few_tokens) {
   if (few_tokens && vectors <= 1024) return {int(round_up(vectors, kWarpSize)), 1, 1};
   if (vectors <= 128) return {kWarpSize, int(ceil_div(vectors, kWarpSize)), 4};
@@ -80,24 +81,33 @@ __device__ void save_statistics(const AddNormForward& p, int64_t row, float mean
 // kThreads and kHidden are 0 where they are known only at run time.
 template <typename T, bool kRms, int kVecs, int kThreads, int kHidden>
 __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs, kThreads))
-    add_norm_kernel(const AddNormForward p, const float eps, const float inv_hidden) {
+    add_norm_kernel(const AddNormForward p, const float eps, const float inv_hidden,
+                    const bool past_l2) {
   using V = Vec16<T>;
   __shared__ alignas(16) float shared[2][1][kMaxWarps];
-  pdl_trigger_and_wait();
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  if (row >= p.num_tokens) return;  // only where a row is one warp, so no barrier misses it
   const int threads = kThreads ? kThreads : blockDim.x;
   const int hidden = kHidden ? kHidden : static_cast<int>(p.hidden_size);
   const auto column = [&](int j) { return (j * threads + int(threadIdx.x)) * V::kSize; };
   const auto inside = [&](int j) {
     return (kHidden && kThreads * kVecs * V::kSize == kHidden) || column(j) < hidden;
   };
-  const auto read_row = [&](V(&v)[kVecs], const void* base, int64_t stride) {
-    const T* data = static_cast<const T*>(base) + row * stride;
+  const auto start = [&](const void* base, int64_t stride) {
+    return static_cast<const T*>(base) + row * stride + column(0);
+  };
+  const T *x = start(p.x, p.x_stride), *delta1_in = start(p.delta1, p.delta1_stride);
+  const T* delta2_in = start(p.delta2, p.delta2_stride);
+  pdl_trigger_and_wait(x, delta1_in, delta2_in);
+  if (row >= p.num_tokens) return;  // only where a row is one warp, so no barrier misses it
+
+  const auto read_row = [&](V(&v)[kVecs], const T* data) {
 #pragma unroll
     for (int j = 0; j < kVecs; ++j) {
-      if (inside(j)) v[j] = load_once<V>(data + column(j));
+      if (inside(j)) v[j] = load_once<V>(data + (column(j) - column(0)));
     }
+  };
+  const auto write_vector = [&](T* ptr, const V& v) {
+    past_l2 ? store_once(ptr, v) : store(ptr, v);
   };
   const auto read_parameter = [&](V(&v)[kVecs], const void* base) {
 #pragma unroll
@@ -110,9 +120,9 @@ __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs
   V h[kVecs] = {};
   {
     V delta1[kVecs] = {}, delta2[kVecs] = {};
-    read_row(h, p.x, p.x_stride);
-    if (p.delta1) read_row(delta1, p.delta1, p.delta1_stride);
-    if (p.delta2) read_row(delta2, p.delta2, p.delta2_stride);
+    read_row(h, x);
+    if (p.delta1) read_row(delta1, delta1_in);
+    if (p.delta2) read_row(delta2, delta2_in);
     if constexpr (kVecs == 1) {
       read_parameter(weight1, p.weight1);
       read_parameter(bias1, p.bias1);
@@ -125,15 +135,10 @@ __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs
       for (int j = 0; j < kVecs; ++j) {
         if (p.delta2) delta1[j] = delta1[j] + delta2[j];
         h[j] = delta1[j] + h[j];
-        if (inside(j)) store(residual + column(j), h[j]);
+        if (inside(j)) write_vector(residual + column(j), h[j]);
       }
     }
   }
-  if constexpr (kVecs > 1) {  // in flight during the sums, in the registers that held the deltas
-    read_parameter(weight1, p.weight1);
-    read_parameter(bias1, p.bias1);
-  }
-
   float sum[1] = {0.f}, mean = 0.f;
   if constexpr (!kRms) {
 #pragma unroll
@@ -154,17 +159,21 @@ __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs
     T* out = static_cast<T*>(base) + row * hidden;
 #pragma unroll
     for (int j = 0; j < kVecs; ++j) {
-      if (inside(j)) store(out + column(j), normalize<kRms>(h[j], mean, rstd, weight[j], bias[j]));
+      if (!inside(j)) continue;
+      write_vector(out + column(j), normalize<kRms>(h[j], mean, rstd, weight[j], bias[j]));
     }
   };
-  write(p.normed1, weight1, bias1);
-  if (p.weight2) {
-    if constexpr (kVecs > 1) {
-      read_parameter(weight2, p.weight2);
-      read_parameter(bias2, p.bias2);
-    }
-    write(p.normed2, weight2, bias2);
+  if constexpr (kVecs > 1) {  // from L1, in the registers that held the inputs
+    read_parameter(weight1, p.weight1);
+    read_parameter(bias1, p.bias1);
   }
+  write(p.normed1, weight1, bias1);
+  if (!p.weight2) return;
+  if constexpr (kVecs > 1) {
+    read_parameter(weight2, p.weight2);
+    read_parameter(bias2, p.bias2);
+  }
+  write(p.normed2, weight2, bias2);
 }
 
 // Rows too long for registers, or not made of aligned 16-byte vectors: a block a row, which it
@@ -223,9 +232,11 @@ __global__ void __launch_bounds__(1024)
 
 template <typename T, bool kRms, int kVecs, int kThreads = 0, int kHidden = 0>
 void launch_row(const AddNormForward& p, RowShape shape, void* stream) {
+  const int outputs = 1 + (p.residual != nullptr) + (p.normed2 != nullptr);
+  const int64_t written = outputs * p.num_tokens * p.hidden_size * int64_t{sizeof(T)};
   launch(kOp, add_norm_kernel<T, kRms, kVecs, kThreads, kHidden>,
          {ceil_div(p.num_tokens, shape.rows)}, dim3(shape.threads, shape.rows), 0, stream, p,
-         static_cast<float>(p.eps), 1.f / static_cast<float>(p.hidden_size));
+         static_cast<float>(p.eps), 1.f / static_cast<float>(p.hidden_size), written >= kPastL2);
 }
 
 template <typename T, int kWidth>

@@ -37,11 +37,13 @@ Plan make_plan(const AddNormBackward& p) {
   if (vectors <= 128) {  // a warp a row: no barrier in the loop, and 4 rows share a partial sum
     return {supported, kWarpSize, 4, 4, std::min(ceil_div(p.num_tokens, 4), 3 * num_sms)};
   }
-  // Two vectors a thread: two LayerNorms' sums are then 64 of the 128 registers that each of 512
-  // threads has. 512 threads a multiprocessor keep 48 to 96 KB in flight.
-  const int64_t threads = std::min<int64_t>(512, round_up(ceil_div(vectors, 2), kWarpSize));
-  return {supported && vectors <= 1024, static_cast<int>(threads), 2, 1,
-          std::min(p.num_tokens, 512 / threads * num_sms)};
+  // One vector a thread while a thread's sums fit in 64 registers, so that a multiprocessor holds
+  // 1024 threads; two LayerNorms' sums want 128 registers, and two vectors to share the barriers.
+  // Either way 70 to 100 KB are in flight on a multiprocessor.
+  const int vecs = num_norms(p) == 1 ? 1 : 2, most = num_norms(p) == 1 ? 1024 : 512;
+  const int64_t threads = std::min<int64_t>(most, round_up(ceil_div(vectors, vecs), kWarpSize));
+  return {supported && vectors <= 1024, static_cast<int>(threads), vecs, 1,
+          std::min(p.num_tokens, most / threads * num_sms)};
 }
 
 struct GradList {
@@ -112,9 +114,9 @@ struct RowTerms {
 };
 
 // The rows that a thread is about to sum, on their way to shared memory, and the weights. A thread
-// reads only what it copied itself, so no barrier is needed. Its slots lie side by side, and their
-// number is odd: 16-byte accesses of neighbouring threads then meet no bank twice. Slots of absent
-// tensors and of columns past the end stay zero.
+// reads only what it copied itself, so no barrier is needed. Neighbouring threads' slots lie side
+// by side: a warp's copy then fills whole lines of shared memory, without which it ran at half the
+// speed. Slots of absent tensors and of columns past the end stay zero.
 template <typename T, int kNorms, int kVecs>
 class RowRing {
  public:
@@ -122,12 +124,13 @@ class RowRing {
   static constexpr int kResidual = 0, kGradNormed = 1, kGradResidual = kNorms + 1;
   static constexpr int kInputs = kNorms + 2;
   // The row being summed, and one or two behind it in flight, as shared memory allows.
-  static constexpr int kStages = kVecs == 2 && kNorms == 1 ? 3 : 2;
+  static constexpr int kStages = kVecs == 1 ? 3 : 2;
   static constexpr int kWeights = kStages * kInputs;
-  static constexpr int kSlots = ((kWeights + kNorms) * kVecs) | 1;
+  static constexpr int kSlots = (kWeights + kNorms) * kVecs;
 
   __device__ RowRing(const AddNormBackward& p, uint4* shared, int64_t row, int64_t step)
-      : slots_(shared + (threadIdx.y * blockDim.x + threadIdx.x) * kSlots),
+      : slots_(shared + threadIdx.y * blockDim.x + threadIdx.x),
+        pitch_(static_cast<int>(blockDim.x * blockDim.y)),
         hidden_(static_cast<int>(p.hidden_size)) {
     set_input(kResidual, p.residual, p.residual_stride, row, step);
     set_input(kGradNormed, p.grad_normed1, p.grad_normed1_stride, row, step);
@@ -162,7 +165,7 @@ class RowRing {
 
  private:
   __device__ V& slot(int array, int j) const {
-    return reinterpret_cast<V&>(slots_[array * kVecs + j]);
+    return reinterpret_cast<V&>(slots_[(array * kVecs + j) * pitch_]);
   }
   __device__ void set_input(int i, const void* base, int64_t stride, int64_t row, int64_t step) {
     step_[i] = step * stride;
@@ -188,6 +191,7 @@ class RowRing {
   }
 
   uint4* slots_;
+  int pitch_;
   int hidden_;
   const T* next_[kInputs];
   int64_t step_[kInputs];
@@ -233,7 +237,10 @@ __device__ void write_partial(const Ring& ring, const float (&sums)[kVecs][kSize
 }
 
 template <typename T, bool kRms, int kNorms, int kVecs>
-__global__ void __launch_bounds__(kVecs == 2 ? 512 : 128, 1)
+__global__ void __launch_bounds__(kVecs == 1   ? 1024
+                                  : kVecs == 2 ? 512
+                                               : 128,
+                                  1)
     add_norm_backward_kernel(const AddNormBackward p, const float inv_hidden) {
   using V = Vec16<T>;
   using Ring = RowRing<T, kNorms, kVecs>;
@@ -266,10 +273,12 @@ __global__ void __launch_bounds__(kVecs == 2 ? 512 : 128, 1)
                                                 dy[kNorms - 1], ring.weight(kNorms - 1, j));
     };
     float sums[2] = {0.f, 0.f};
+    RowTerms<V> kept[kVecs];
 #pragma unroll
     for (int j = 0; j < kVecs; ++j) {
       V dy[2];
       const auto t = terms(j, dy);
+      kept[j] = t;
       t.add_to(sums);
 #pragma unroll
       for (int n = 0; n < kNorms; ++n) {
@@ -286,9 +295,10 @@ __global__ void __launch_bounds__(kVecs == 2 ? 512 : 128, 1)
     T* out = static_cast<T*>(p.grad_input) + row * hidden;
 #pragma unroll
     for (int j = 0; j < kVecs; ++j) {
-      V dy[2];
-      const V grad = terms(j, dy).grad_input(current.rstd, mean_g, mean_gx,
-                                             ring.input(stage, Ring::kGradResidual, j));
+      V dy[2];  // two norms' sums leave no registers for what was computed above
+      const auto t = kNorms == 1 ? kept[j] : terms(j, dy);
+      const V grad =
+          t.grad_input(current.rstd, mean_g, mean_gx, ring.input(stage, Ring::kGradResidual, j));
       if (ring.inside(j)) store(out + ring.column(j), grad);
     }
     stage = stage == Ring::kStages - 1 ? 0 : stage + 1;
@@ -410,18 +420,22 @@ bool launch_row(const AddNormBackward& p, const Plan& plan, void* stream) {
 }
 
 template <typename T>
-bool launch_vectors(const AddNormBackward& p, const Plan& plan, void* stream) {
-  const bool aligned = p.hidden_size % Vec16<T>::kSize == 0 &&
-                       rows_aligned({{p.grad_residual, p.grad_residual_stride},
-                                     {p.grad_normed1, p.grad_normed1_stride},
-                                     {p.grad_normed2, p.grad_normed2_stride},
-                                     {p.residual, p.residual_stride},
-                                     {p.weight1},
-                                     {p.weight2},
-                                     {p.grad_input},
-                                     {p.workspace}},
-                                    p.num_tokens, sizeof(T));
-  if (!aligned || !plan.in_registers) return false;
+bool made_of_vectors(const AddNormBackward& p) {
+  return p.hidden_size % Vec16<T>::kSize == 0 &&
+         rows_aligned({{p.grad_residual, p.grad_residual_stride},
+                       {p.grad_normed1, p.grad_normed1_stride},
+                       {p.grad_normed2, p.grad_normed2_stride},
+                       {p.residual, p.residual_stride},
+                       {p.weight1},
+                       {p.weight2},
+                       {p.grad_input},
+                       {p.workspace}},
+                      p.num_tokens, sizeof(T));
+}
+
+// False where the device has too little shared memory.
+template <typename T>
+bool launch_in_registers(const AddNormBackward& p, const Plan& plan, void* stream) {
   const bool wide = plan.vecs == 4;
   if (num_norms(p) == 2) {
     return wide ? launch_row<T, false, 2, 4>(p, plan, stream)
@@ -429,10 +443,10 @@ bool launch_vectors(const AddNormBackward& p, const Plan& plan, void* stream) {
   }
   if (p.rms) {
     return wide ? launch_row<T, true, 1, 4>(p, plan, stream)
-                : launch_row<T, true, 1, 2>(p, plan, stream);
+                : launch_row<T, true, 1, 1>(p, plan, stream);
   }
   return wide ? launch_row<T, false, 1, 4>(p, plan, stream)
-              : launch_row<T, false, 1, 2>(p, plan, stream);
+              : launch_row<T, false, 1, 1>(p, plan, stream);
 }
 
 template <typename T, int kWidth>
@@ -456,8 +470,12 @@ void add_norm_backward(const AddNormBackward& p, void* stream) {
     using T = typename decltype(tag)::type;
     if (p.hidden_size == 0) return;
     const Plan plan = make_plan(p);
-    if (p.num_tokens > 0 && !launch_vectors<T>(p, plan, stream)) {
-      launch_long<T, 1>(p, plan, stream);
+    if (p.num_tokens > 0) {
+      if (!made_of_vectors<T>(p)) {
+        launch_long<T, 1>(p, plan, stream);
+      } else if (!plan.in_registers || !launch_in_registers<T>(p, plan, stream)) {
+        launch_long<T, Vec16<T>::kSize>(p, plan, stream);
+      }
     }
     const GradList grads = wanted_grads(p);
     if (grads.count == 0) return;

@@ -16,11 +16,16 @@
 
 namespace hf_fuse {
 
+__device__ inline void asm_use(const void* address) { asm volatile("" ::"l"(address)); }
+
 // Every kernel calls both, in every thread, before it touches global memory: the next kernel may
-// then start early, and its own wait still means that everything before it has finished.
-__device__ inline void pdl_trigger_and_wait() {
+// then start early, and its own wait still means that everything before it has finished. Addresses
+// passed in are computed before the wait, while there is nothing else to do.
+template <typename... T>
+__device__ inline void pdl_trigger_and_wait([[maybe_unused]] const T*... addresses) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  (asm_use(addresses), ...);
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

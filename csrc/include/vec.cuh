@@ -179,6 +179,20 @@ __device__ inline void store(typename V::Element* ptr, const V& v) {
   }
 }
 
+// For outputs larger than L2: marked to leave it first, which on an H200 is worth 4 to 5 % of the
+// bandwidth of a kernel that reads as much as it writes.
+template <typename V>
+__device__ inline void store_once(typename V::Element* ptr, const V& v) {
+  if constexpr (sizeof(V) == 16) {
+    const auto& w = v.words;
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
+                 : "memory");
+  } else {
+    store(ptr, v);
+  }
+}
+
 // 16 bytes from global to shared memory, past L1 and without a register in between.
 __device__ inline void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(

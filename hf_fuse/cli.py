@@ -206,9 +206,12 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Text, Any, Any, dict[str, A
     """
     from hf_fuse.eval.environment import require
     from hf_fuse.eval.loading import check_patchable, load_model
+    from hf_fuse.eval.report import prepare_output
 
     if arguments.png:
         require("matplotlib", "eval", "--png")
+    for path in filter(None, (arguments.json, arguments.png)):
+        prepare_output(path)
     text = _text(arguments)
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     options: dict[str, Any] = {"backend": arguments.backend}

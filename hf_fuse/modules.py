@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticLayer
 
 from hf_fuse import ops
@@ -37,6 +38,7 @@ class Fused:
     op: str
     backend: str = "auto"
     next_norms: tuple[nn.Module, ...] = ()
+    next_layer: nn.Module | None = None
     notes: Counter[str] = field(
         default_factory=Counter
     )  # reasons a call was left to transformers' own code
@@ -72,16 +74,22 @@ def state_of(module: nn.Module) -> Fused:
     return module.__dict__[STATE]
 
 
-def carry(layer: nn.Module, norms: tuple[nn.Module, ...], x: Tensor, *deltas: Tensor) -> Tensor:
+def carry(
+    layer: nn.Module,
+    norms: tuple[nn.Module, ...],
+    x: Tensor,
+    *deltas: Tensor,
+    reason: str | None = None,
+) -> Tensor:
     """The sum of `x` and `deltas`, carrying its rows for `norms`, in one kernel where that can be
     done.
 
     The order of the sum is (deltas[0] + deltas[1]) + x. Without deltas, `x` itself with rows hung
-    on it.
+    on it. A `reason` says why no rows are wanted.
     """
     fused = state_of(layer)
     x, deltas = _one_dtype(x, deltas)
-    reason = refusal(norms, x)
+    reason = reason or refusal(norms, x) or _unseen_writes(x, *norms)
     if reason:
         fused.notes[reason] += 1
         return x if not deltas else (deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]) + x
@@ -106,9 +114,9 @@ def hand_over(layer: nn.Module, x: Tensor, *deltas: Tensor) -> Tensor:
     """`carry` for the sum that ends a layer, to the norms that open the next."""
     fused = state_of(layer)
     reason = _cannot_cross(layer, x)
-    if reason:
-        fused.notes[reason] += 1
-    return carry(layer, () if reason else fused.next_norms, x, *deltas)
+    if reason is None and fused.next_layer is not None:
+        reason = _unseen_writes(x, fused.next_layer)
+    return carry(layer, fused.next_norms, x, *deltas, reason=reason)
 
 
 def open_together(layer: nn.Module, norms: tuple[nn.Module, ...], x: Tensor) -> Tensor:
@@ -153,7 +161,14 @@ def _cannot_cross(layer: nn.Module, x: Tensor) -> str | None:
     """Why a row may not leave or enter `layer` with the residual stream, or None."""
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         return "gradient checkpointing: a recomputed layer must find what it found the first time"
-    if x.is_inference() and (layer._forward_hooks or layer._forward_pre_hooks):
+    return _unseen_writes(x, layer)
+
+
+def _unseen_writes(x: Tensor, *modules: nn.Module) -> str | None:
+    """In inference mode a tensor has no version: what a hook writes into it goes unnoticed."""
+    if x.is_inference() and (
+        _has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    ):
         return "hooks in inference mode: a write in place could not be seen"
     return None
 

@@ -63,16 +63,18 @@ def patch(
     backbones = _backbones(model, strict)
     if _already(backbones, names, backend):
         return model
-    unpatch(model)
     _prepare_kernels(backbones, backend)
-    before = {id(b): snapshot(b) for b in backbones} if verify else {}
+    earlier = [(m, m.__dict__[RECORD]) for m in model.modules() if RECORD in m.__dict__]
+    unpatch(model)
     try:
+        before = {id(b): snapshot(b) for b in backbones} if verify else {}
         for backbone in backbones:
             _patch_backbone(backbone, BY_BACKBONE[type(backbone)], names, backend)
             if verify:
                 _verify(backbone, before[id(backbone)])
     except BaseException:
         unpatch(model)
+        _patch_again(earlier)
         raise
     return model
 
@@ -81,10 +83,13 @@ def unpatch(model: Model) -> Model:
     """Give back the model as it was before `patch`: classes, `__dict__` and results. A model not
     patched stays as it is.
     """
+    swapped = [module for module in model.modules() if STATE in module.__dict__]
+    for module in swapped:
+        _refuse_wrapped(module)
+    for module in swapped:
+        _restore(module)
     for module in model.modules():
         module.__dict__.pop(RECORD, None)
-        if STATE in module.__dict__:
-            _restore(module)
     return model
 
 
@@ -93,14 +98,13 @@ def patched(model: Model, **arguments: object) -> Iterator[Model]:
     """`with patched(model):` patches for the block. A model that was patched before comes out
     patched as before.
     """
-    records = [m.__dict__[RECORD] for m in model.modules() if RECORD in m.__dict__]
+    earlier = [(m, m.__dict__[RECORD]) for m in model.modules() if RECORD in m.__dict__]
     patch(model, **arguments)  # type: ignore[arg-type]
     try:
         yield model
     finally:
         unpatch(model)
-        if records:
-            patch(model, ops=records[0].ops, backend=records[0].backend, strict=False, verify=False)
+        _patch_again(earlier)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -149,9 +153,7 @@ def _backbones(model: nn.Module, strict: bool) -> list[nn.Module]:
         architecture = BY_BACKBONE.get(type(module))
         if architecture is None:
             continue
-        reason = architecture.refuse(module)
-        if reason is None:
-            reason = _foreign_layers(module, architecture)
+        reason = architecture.refusal(module)
         if reason is None:
             found.append(module)
         else:
@@ -166,15 +168,6 @@ def _backbones(model: nn.Module, strict: bool) -> list[nn.Module]:
             "each with every task head."
         )
     return found
-
-
-def _foreign_layers(backbone: nn.Module, architecture: Architecture) -> str | None:
-    """A layer class that is not transformers' own (FSDP2's, say) would lose what it adds; say so."""
-    known = {c for swap in architecture.swaps for c in (swap.original, swap.fused)}
-    for layer in getattr(backbone, architecture.layers):
-        if type(layer) not in known and any(isinstance(layer, c) for c in known):
-            return f"its layers are {type(layer).__qualname__}; patch before wrapping them"
-    return None
 
 
 def _already(backbones: list[nn.Module], names: frozenset[str], backend: str) -> bool:
@@ -218,12 +211,22 @@ def _patch_backbone(
     backbone.__dict__[RECORD] = record
 
 
+def _patch_again(earlier: list[tuple[nn.Module, PatchRecord]]) -> None:
+    """Put a patch that was taken off back on, as it was recorded."""
+    for backbone, record in earlier:
+        architecture = BY_BACKBONE[type(backbone)]
+        _patch_backbone(backbone, architecture, frozenset(record.ops), record.backend)
+        backbone.__dict__[RECORD] = record
+
+
 def _link_norms(backbone: nn.Module, architecture: Architecture) -> None:
     layers = list(getattr(backbone, architecture.layers))
     final_norm = getattr(backbone, architecture.final_norm)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if STATE in layer.__dict__:
-            state_of(layer).next_norms = (
+            state = state_of(layer)
+            state.next_layer = following
+            state.next_norms = (
                 (final_norm,) if following is None else architecture.opening_norms(following)
             )
 
@@ -234,7 +237,7 @@ def _swap(module: nn.Module, fused: type[nn.Module], state: Fused) -> None:
     _rebind_hooked_forward(module)
 
 
-def _restore(module: nn.Module) -> None:
+def _refuse_wrapped(module: nn.Module) -> None:
     state = module.__dict__[STATE]
     wrapped = type(module) is not state.original and state.original not in type(module).__bases__
     if wrapped:
@@ -242,7 +245,10 @@ def _restore(module: nn.Module) -> None:
             f"hf_fuse.unpatch: {type(module).__qualname__} was made from a patched layer (by "
             f"FSDP2, say); undo that first"
         )
-    del module.__dict__[STATE]
+
+
+def _restore(module: nn.Module) -> None:
+    state = module.__dict__.pop(STATE)
     module.__class__ = state.original
     _rebind_hooked_forward(module)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_fuse import jit
 from hf_fuse.modules import STATE, Fused
+from hf_fuse.patches import BY_BACKBONE
 
 RECORD = "_hf_fuse_patch"  # the key in a patched backbone's __dict__
 
@@ -61,7 +62,8 @@ class Report:
 
     def __str__(self) -> str:
         if not self.patched:
-            return f"{self.model}: not patched by hf_fuse"
+            lines = [f"{self.model}: not patched by hf_fuse"]
+            return "\n".join(lines + self._left_alone())
         lines = [f"{self.model} ({self.model_type}): patched with {', '.join(self.ops)}"]
         lines += [f"  verified: {self.verified}"]
         for (fused, original, op, backend), group in groupby(
@@ -70,10 +72,7 @@ class Report:
             names = [m.name for m in group]
             where = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
             lines.append(f"  {op:<10} {original} -> {fused} on {backend}: {where}")
-        lines += [
-            f"  left alone: {reason}: {', '.join(_by_reason(self.skipped)[reason])}"
-            for reason in _by_reason(self.skipped)
-        ]
+        lines += self._left_alone()
         lines += [
             f"  left to transformers: {reason} ({count} calls)"
             for reason, count in self.left_to_transformers.items()
@@ -82,6 +81,12 @@ class Report:
             f"  {backend} kernels are not there: {why}" for backend, why in self.failures.items()
         ]
         return "\n".join(lines)
+
+    def _left_alone(self) -> list[str]:
+        return [
+            f"  left alone: {reason}: {', '.join(names)}"
+            for reason, names in _by_reason(self.skipped).items()
+        ]
 
 
 def _kind(module: FusedModule) -> tuple[str, str, str, str]:
@@ -102,8 +107,15 @@ def build_report(model: nn.Module) -> Report:
     """Read the state of `model` from its modules."""
     name = type(model).__name__
     records = {n: m.__dict__[RECORD] for n, m in model.named_modules() if RECORD in m.__dict__}
+    refused = {
+        n or "the model": reason
+        for n, m in model.named_modules()
+        if RECORD not in m.__dict__
+        and type(m) in BY_BACKBONE
+        and (reason := BY_BACKBONE[type(m)].refusal(m))
+    }
     if not records:
-        return Report(name, patched=False)
+        return Report(name, patched=False, skipped=refused)
     first = next(iter(records.values()))
     modules, notes = [], Counter[str]()
     for path, module in model.named_modules():
@@ -116,7 +128,7 @@ def build_report(model: nn.Module) -> Report:
                 )
             )
             notes.update(state.notes)
-    skipped = {
+    skipped = refused | {
         ".".join(filter(None, (prefix, path))): f"{op}: {reason}"
         for prefix, record in records.items()
         for path, (op, reason) in record.skipped.items()

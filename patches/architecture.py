@@ -55,6 +55,18 @@ class Architecture:
         """The ops this architecture can use."""
         return tuple(dict.fromkeys(swap.op for swap in self.swaps))
 
+    def refusal(self, backbone: nn.Module) -> str | None:
+        """Why `backbone` cannot be patched, or None."""
+        reason = self.refuse(backbone)
+        if reason is not None:
+            return reason
+        # A layer class that is not transformers' own (FSDP2's, say) would lose what it adds.
+        known = {c for swap in self.swaps for c in (swap.original, swap.fused)}
+        for layer in getattr(backbone, self.layers):
+            if type(layer) not in known and any(isinstance(layer, c) for c in known):
+                return f"its layers are {type(layer).__qualname__}; patch before wrapping them"
+        return None
+
 
 def unknown_activation(attribute: str) -> Callable[[nn.Module], str | None]:
     """A refusal for MLPs whose activation, at `attribute`, the kernels do not know."""

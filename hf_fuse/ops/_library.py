@@ -8,6 +8,7 @@ are registered with `torch.library`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -76,4 +77,10 @@ def no_autograd(*tensors: torch.Tensor | None) -> bool:
     return not any(t is not None and t.requires_grad for t in tensors)
 
 
-below_autograd = torch._C._AutoDispatchBelowAutograd
+def below_autograd() -> AbstractContextManager:
+    """Skips the autograd layer of the op called in the block; nothing while torch.compile traces,
+    which cannot follow it and has no such layer to skip.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()

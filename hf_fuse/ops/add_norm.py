@@ -113,8 +113,11 @@ def check(
         raise RuntimeError(f"hf_fuse add_norm: x must be a floating-point tensor, got {x.dtype}")
     if x.dim() < 1 or not 1 <= x.shape[-1] <= 65536:
         raise RuntimeError(f"hf_fuse add_norm: x must be [..., 1 to 65536], got {tuple(x.shape)}")
-    if rms and (bias1 is not None or bias2 is not None):
-        raise RuntimeError("hf_fuse add_norm: RMSNorm has no bias")
+    if bias2 is not None and weight2 is None:
+        raise RuntimeError("hf_fuse add_norm: bias2 needs weight2")
+    for name, bias in {"bias1": bias1, "bias2": bias2}.items():
+        if rms and bias is not None:
+            raise RuntimeError(f"hf_fuse add_norm: {name} needs a LayerNorm, RMSNorm has no bias")
     named = {
         "delta1": delta1,
         "delta2": delta2,

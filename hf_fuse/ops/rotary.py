@@ -80,6 +80,8 @@ def rotary_cache_(
     refuse_grad("rotary_cache_", q, k, v)
     if not use_kernel(q, backend):
         check(q, k, cos, sin)
+        check_cache(k, v, key_cache, value_cache, length)
+        check_room(k, key_cache, length)
         q_new, k_new = reference(q, k, cos, sin)
         q.copy_(q_new)
         positions = torch.arange(k.shape[2], device=k.device) + length
@@ -150,6 +152,40 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
+def check_cache(
+    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, length: Tensor
+) -> None:
+    """What the kernels check of the static cache, for the paths that do not reach them."""
+    batch, kv_heads, _, head_dim = k.shape
+    capacity = key_cache.shape[2] if key_cache.dim() == 4 else "capacity"
+    cache = [batch, kv_heads, capacity, head_dim]
+    expected = {
+        "v": (v, list(k.shape)),
+        "key_cache": (key_cache, cache),
+        "value_cache": (value_cache, cache),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.dtype != k.dtype or tensor.device != k.device or list(tensor.shape) != shape:
+            raise RuntimeError(
+                f"hf_fuse rotary_cache_: {name} must be {k.dtype} {shape} on {k.device}, got "
+                f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    if length.dtype != torch.int64 or length.numel() != 1 or length.device != k.device:
+        raise RuntimeError(
+            f"hf_fuse rotary_cache_: length must be one int64 on {k.device}, got {length.dtype} "
+            f"{list(length.shape)} on {length.device}"
+        )
+
+
+def check_room(k: Tensor, key_cache: Tensor, length: Tensor) -> None:
+    """Before anything is written, and only on CPU: elsewhere the host would have to wait."""
+    if length.device.type == "cpu" and length.item() + k.shape[2] > key_cache.shape[2]:
+        raise RuntimeError(
+            f"hf_fuse rotary_cache_: the static cache holds {length.item()} of "
+            f"{key_cache.shape[2]} positions and cannot take {k.shape[2]} more"
+        )
+
+
 def _empty_heads(like: Tensor) -> Tensor:
     batch, heads, seq_len, head_dim = like.shape
     return like.new_empty(batch, seq_len, heads, head_dim).transpose(1, 2)
@@ -166,6 +202,7 @@ def _fake_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def _fake_cache(q, k, v, cos, sin, key_cache, value_cache, length) -> None:
     check(q, k, cos, sin)
+    check_cache(k, v, key_cache, value_cache, length)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -1,0 +1,251 @@
+"""Decoding speed through `model.generate`, before and after patching: TTFT, TPOT, tokens/s, memory.
+
+Both variants decode the same prompt greedily for the same number of tokens, in turns (A B A B),
+each turn after a warm-up of the same shape, so that a machine that slows down or speeds up does so
+for both. Tokens are compared in every turn: a speed means nothing before `identical` is true.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import BaseStreamer
+
+import hf_fuse
+from hf_fuse import Report
+from hf_fuse.eval.environment import evaluating, peak_memory_bytes, reset_peak_memory, synchronize
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """10th, 50th and 90th percentile, linearly interpolated, in the unit of the samples."""
+
+    p10: float
+    p50: float
+    p90: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Percentiles:
+        """Percentiles of at least one sample."""
+        values = torch.tensor(samples, dtype=torch.float64)
+        return cls(*values.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast one variant decoded.
+
+    ttft_ms: from the call of `generate` to the first token, over the repeats.
+    tpot_ms: from one token to the next, over all later tokens of all repeats.
+    tokens_per_s: new tokens of the whole batch over the whole call, the median repeat.
+    peak_memory_bytes: on CUDA, what torch allocated at most during the turns; on CPU, the process's
+        peak resident size so far, which cannot tell the variants apart.
+    """
+
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    tokens_per_s: float
+    peak_memory_bytes: int
+    tpot_samples_ms: tuple[float, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """What `evaluate_decode` found; `first_mismatch` is the first (row, new token)."""
+
+    prompt_length: int
+    batch_size: int
+    new_tokens: int
+    repeats: int
+    identical: bool
+    first_mismatch: tuple[int, int] | None
+    unpatched: Timing
+    patched: Timing
+    report: Report
+
+    @property
+    def speedup(self) -> float:
+        """Median time per output token, unpatched over patched."""
+        return self.unpatched.tpot_ms.p50 / self.patched.tpot_ms.p50
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with every TPOT sample."""
+        return {**asdict(self), "report": self.report.to_dict(), "speedup": self.speedup}
+
+
+def evaluate_decode(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    progress: bool = True,
+    **patch_options: Any,
+) -> DecodeResult:
+    """Greedy `generate` unpatched and patched, in turns, timed token by token.
+
+    Args:
+        model: an unpatched causal language model; it comes back unpatched.
+        input_ids: int64 [batch_size, prompt_length], no padding.
+        new_tokens: tokens to generate a row, at least 2; the end-of-text token is suppressed.
+        repeats: timed turns a variant.
+        progress: show a progress bar.
+        patch_options: passed to `hf_fuse.patched`.
+
+    Raises:
+        ValueError: for a model that is patched already, or a count that makes no sense.
+    """
+    _check(model, input_ids, new_tokens, repeats)
+    options = {"verify": False, **patch_options}  # the tokens are compared below
+    unpatched, patched = _Variant(), _Variant()
+    with evaluating(model):
+        for _ in _progress(range(repeats), progress):
+            unpatched.take_turn(model, input_ids, new_tokens)
+            with hf_fuse.patched(model, **options):
+                patched.take_turn(model, input_ids, new_tokens)
+                report = hf_fuse.report(model)
+    mismatches = (
+        first_mismatch(a, b) for a, b in zip(unpatched.tokens, patched.tokens, strict=True)
+    )
+    mismatch = next((m for m in mismatches if m is not None), None)
+    return DecodeResult(
+        prompt_length=input_ids.shape[1],
+        batch_size=input_ids.shape[0],
+        new_tokens=new_tokens,
+        repeats=repeats,
+        identical=mismatch is None,
+        first_mismatch=mismatch,
+        unpatched=unpatched.timing(),
+        patched=patched.timing(),
+        report=report,
+    )
+
+
+def first_mismatch(expected: Tensor, got: Tensor) -> tuple[int, int] | None:
+    """(row, position) where two [batch_size, length] token tensors first differ, or None."""
+    if expected.shape != got.shape:
+        raise ValueError(
+            f"token tensors differ in shape: {list(expected.shape)} and {list(got.shape)}"
+        )
+    differences = (
+        expected != got
+    ).T.nonzero()  # transposed: the earliest position first, then the row
+    return (int(differences[0, 1]), int(differences[0, 0])) if len(differences) else None
+
+
+@dataclass
+class _Variant:
+    """One side of the comparison: its turns' tokens and times."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    ttft_ms: list[float] = field(default_factory=list)
+    tpot_ms: list[float] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+    peak_memory: int = 0
+
+    def take_turn(self, model: nn.Module, input_ids: Tensor, new_tokens: int) -> None:
+        """A warm-up of the same shape, then the timed `generate`."""
+        _generate(model, input_ids, new_tokens, None)
+        device = input_ids.device
+        reset_peak_memory(device)
+        clock = _Clock()
+        synchronize(device)
+        start = time.perf_counter()
+        tokens = _generate(model, input_ids, new_tokens, clock)
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+        self.tokens.append(tokens)
+        self.ttft_ms.append(1e3 * (clock.times[0] - start))
+        self.tpot_ms += [1e3 * (b - a) for a, b in zip(clock.times, clock.times[1:], strict=False)]
+        self.tokens_per_s.append(tokens.numel() / elapsed)
+        self.peak_memory = max(self.peak_memory, peak_memory_bytes(device))
+
+    def timing(self) -> Timing:
+        return Timing(
+            ttft_ms=Percentiles.of(self.ttft_ms),
+            tpot_ms=Percentiles.of(self.tpot_ms),
+            tokens_per_s=statistics.median(self.tokens_per_s),
+            peak_memory_bytes=self.peak_memory,
+            tpot_samples_ms=tuple(self.tpot_ms),
+        )
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token arrives.
+
+    `generate` hands tokens over on the CPU, so the kernels that made them have finished.
+    """
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_seen:  # the first call carries the prompt
+            self._prompt_seen = True
+            return
+        if value.is_cuda:
+            torch.cuda.synchronize(value.device)
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _generate(
+    model: Any, input_ids: Tensor, new_tokens: int, streamer: BaseStreamer | None
+) -> Tensor:
+    """The new tokens, [batch_size, new_tokens], on the CPU."""
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        num_beams=1,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        pad_token_id=_pad_token_id(model),
+        streamer=streamer,
+    )
+    return output[:, input_ids.shape[1] :].cpu()
+
+
+def _pad_token_id(model: Any) -> int:
+    """Never used without padding; named so that `generate` does not warn."""
+    config = model.generation_config
+    found = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+    return found[0] if isinstance(found, list) else (found or 0)
+
+
+def _check(model: nn.Module, input_ids: Tensor, new_tokens: int, repeats: int) -> None:
+    if hf_fuse.is_patched(model):
+        raise ValueError("evaluate_decode needs an unpatched model: call hf_fuse.unpatch first")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids must be [batch_size, prompt_length], not empty, got {list(input_ids.shape)}"
+        )
+    if new_tokens < 2:
+        raise ValueError(
+            f"new_tokens must be at least 2 to have a time per output token, got {new_tokens}"
+        )
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and input_ids.shape[1] + new_tokens > limit:
+        raise ValueError(
+            f"prompt of {input_ids.shape[1]} and {new_tokens} new tokens exceed the model's "
+            f"{limit} positions"
+        )
+
+
+def _progress(turns: range, show: bool) -> Iterable[int]:
+    if not show:
+        return turns
+    from tqdm import tqdm
+
+    return tqdm(turns, desc="decode", unit="turn", leave=False, disable=None)

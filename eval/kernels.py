@@ -233,11 +233,7 @@ def ceiling() -> float:
     # Not in a graph: there a copy engine would do it, slower.
     source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(
-        WARM_REPLAYS + REPLAYS
-    ):  # not in a graph: there a copy engine would do it, slower
-        seconds.append(_timed(lambda: target.copy_(source)))
+    seconds = [_timed(lambda: target.copy_(source)) for _ in range(WARM_REPLAYS + REPLAYS)]
     return 2 * source.numel() * source.element_size() / statistics.median(seconds[WARM_REPLAYS:])
 
 

@@ -8,17 +8,21 @@ print(hf_fuse.report(model))    # what was fused, where it runs, what was left a
 hf_fuse.unpatch(model)          # bit for bit the model it was
 """
 
-from hf_fuse.patching import (
-    UnsupportedModelError,
-    VerificationError,
-    is_patched,
-    patch,
-    patched,
-    report,
-    supported,
-    unpatch,
-)
-from hf_fuse.report import Report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_fuse.patching import (
+        UnsupportedModelError,
+        VerificationError,
+        is_patched,
+        patch,
+        patched,
+        report,
+        supported,
+        unpatch,
+    )
+    from hf_fuse.reporting import Report
 
 __version__ = "0.1.0"
 
@@ -34,3 +38,14 @@ __all__ = [
     "supported",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and transformers when something is used, so that `hf-fuse --help` is quick."""
+    if name in __all__:
+        return getattr(import_module("hf_fuse.patching"), name)
+    raise AttributeError(f"module 'hf_fuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

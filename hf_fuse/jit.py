@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,7 +350,7 @@ def _built(backend: str, build: bool) -> Check:
     return Check(f"{backend} kernels", False, failures[backend].reason, failures[backend].fix)
 
 
-def _tool(name: str, probe) -> Check:
+def _tool(name: str, probe: Callable[[], str]) -> Check:
     try:
         return Check(name, True, probe())
     except BuildError as error:

@@ -37,11 +37,8 @@ class Fused:
     original: type[nn.Module]
     op: str
     backend: str = "auto"
-    next_norms: tuple[nn.Module, ...] = ()
-    next_layer: nn.Module | None = None
-    notes: Counter[str] = field(
-        default_factory=Counter
-    )  # reasons a call was left to transformers' own code
+    next_norms: tuple[Any, ...] = ()
+    notes: Counter[str] = field(default_factory=Counter)  # why calls were left to transformers
 
 
 class Carried:
@@ -76,13 +73,12 @@ def state_of(module: nn.Module) -> Fused:
 
 def carry(
     layer: nn.Module,
-    norms: tuple[nn.Module, ...],
+    norms: tuple[Any, ...],
     x: Tensor,
     *deltas: Tensor,
     reason: str | None = None,
 ) -> Tensor:
-    """The sum of `x` and `deltas`, carrying its rows for `norms`, in one kernel where that can be
-    done.
+    """The sum of `x` and `deltas`, carrying its rows for `norms`, in one kernel where possible.
 
     The order of the sum is (deltas[0] + deltas[1]) + x. Without deltas, `x` itself with rows hung
     on it. A `reason` says why no rows are wanted.
@@ -112,17 +108,19 @@ def carry(
 
 def hand_over(layer: nn.Module, x: Tensor, *deltas: Tensor) -> Tensor:
     """`carry` for the sum that ends a layer, to the norms that open the next."""
-    fused = state_of(layer)
     reason = _cannot_cross(layer, x)
-    if reason is None and fused.next_layer is not None:
-        reason = _unseen_writes(x, fused.next_layer)
-    return carry(layer, fused.next_norms, x, *deltas, reason=reason)
+    return carry(layer, state_of(layer).next_norms, x, *deltas, reason=reason)
 
 
-def open_together(layer: nn.Module, norms: tuple[nn.Module, ...], x: Tensor) -> Tensor:
-    """For a layer whose input feeds two norms: both in one kernel, where the layer before has not
-    done it.
+def enter(layer: nn.Module, norms: tuple[Any, ...], x: Tensor) -> Tensor:
+    """What a layer does first with its input, which `norms` will read.
+
+    Drops rows that a hook on this layer may have made stale unseen. Where the input feeds two norms
+    and the layer before has not computed them, both are computed in one kernel.
     """
+    if _unseen_writes(x, layer):
+        x.__dict__.pop(_CARRIED, None)
+        return x
     if len(norms) < 2 or getattr(x, _CARRIED, None) or _cannot_cross(layer, x):
         return x
     return carry(layer, norms, x)
@@ -173,7 +171,7 @@ def _unseen_writes(x: Tensor, *modules: nn.Module) -> str | None:
     return None
 
 
-def refusal(norms: tuple[nn.Module, ...], x: Tensor) -> str | None:
+def refusal(norms: tuple[Any, ...], x: Tensor) -> str | None:
     """Why `norms` of a tensor like `x` cannot be fused, or None."""
     if not norms:
         return "no fused norm reads this sum"
@@ -231,7 +229,7 @@ class FusedNorm(nn.Module):
         )[1]
 
 
-class FusedLayerNorm(FusedNorm, nn.LayerNorm):
+class FusedLayerNorm(FusedNorm, nn.LayerNorm):  # type: ignore[misc]
     """nn.LayerNorm over the last dimension."""
 
     kind = "layer"
@@ -246,7 +244,7 @@ class FusedLayerNorm(FusedNorm, nn.LayerNorm):
 
 
 def rotate_and_cache(
-    attention: nn.Module,
+    attention: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -285,15 +283,13 @@ def rotate_and_cache(
     return q, k, v
 
 
-def _plain_static_layer(
-    cache: Cache | None, index: int, k: Tensor, v: Tensor
-) -> StaticLayer | None:
+def _plain_static_layer(cache: Cache | None, index: int, k: Tensor, v: Tensor) -> Any:
     """The static cache layer a fused write may go to, made ready; None when its own `update` must
     run.
     """
     if cache is None or getattr(cache, "offloading", False) or len(cache.layers) <= index:
         return None
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if type(layer) is not StaticLayer or (
         torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     ):

@@ -20,7 +20,7 @@ from hf_fuse.modules import STATE, Fused, state_of
 from hf_fuse.ops._library import BACKENDS, kernels
 from hf_fuse.patches import ARCHITECTURES, BY_BACKBONE
 from hf_fuse.patches.architecture import Architecture
-from hf_fuse.report import RECORD, PatchRecord, Report, build_report
+from hf_fuse.reporting import RECORD, PatchRecord, Report, build_report
 from hf_fuse.verify import Snapshot, VerificationError, compare, snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,7 +60,7 @@ def patch(
     cannot be built. After any error the model is as it was.
     """
     names = _check_arguments(model, ops, backend)
-    backbones = _backbones(model, strict)
+    backbones = _backbones(model, names, strict)
     if _already(backbones, names, backend):
         return model
     _prepare_kernels(backbones, backend)
@@ -147,13 +147,18 @@ def _check_arguments(model: nn.Module, names: Iterable[str] | None, backend: str
     return chosen
 
 
-def _backbones(model: nn.Module, strict: bool) -> list[nn.Module]:
+def _backbones(model: nn.Module, names: frozenset[str], strict: bool) -> list[nn.Module]:
     found, reasons = [], []
     for name, module in model.named_modules():
         architecture = BY_BACKBONE.get(type(module))
         if architecture is None:
             continue
         reason = architecture.refusal(module)
+        if reason is None and names.isdisjoint(architecture.ops):
+            reason = (
+                f"{architecture.model_type} uses none of the ops {', '.join(sorted(names))}; "
+                f"it can use {', '.join(architecture.ops)}"
+            )
         if reason is None:
             found.append(module)
         else:
@@ -224,9 +229,7 @@ def _link_norms(backbone: nn.Module, architecture: Architecture) -> None:
     final_norm = getattr(backbone, architecture.final_norm)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if STATE in layer.__dict__:
-            state = state_of(layer)
-            state.next_layer = following
-            state.next_norms = (
+            state_of(layer).next_norms = (
                 (final_norm,) if following is None else architecture.opening_norms(following)
             )
 
@@ -254,7 +257,7 @@ def _restore(module: nn.Module) -> None:
 
 
 def _rebind_hooked_forward(module: nn.Module) -> None:
-    """accelerate keeps the bound forward it wrapped in the instance; point it at the present class."""
+    """accelerate keeps the forward it wrapped in the instance; point it at the present class."""
     if isinstance(module.__dict__.get("_old_forward"), MethodType):
         module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
 

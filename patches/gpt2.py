@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
 from hf_fuse import ops
-from hf_fuse.modules import FusedLayerNorm, carry, hand_over, state_of, step_aside
+from hf_fuse.modules import FusedLayerNorm, carry, enter, hand_over, state_of, step_aside
 from hf_fuse.ops.activations import from_module
 from hf_fuse.patches.architecture import Architecture, Swap, unknown_activation
 
@@ -44,6 +44,7 @@ class FusedGPT2Block(hf.GPT2Block):
                 encoder_attention_mask=encoder_attention_mask,
                 **arguments,
             )
+        hidden_states = enter(self, opening_norms(self), hidden_states)
         attention, _ = self.attn(self.ln_1(hidden_states), **arguments)
         hidden_states = carry(self, (self.ln_2,), hidden_states, attention)
         mlp = self.mlp(self.ln_2(hidden_states))

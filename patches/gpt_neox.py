@@ -14,8 +14,8 @@ from hf_fuse import ops
 from hf_fuse.modules import (
     FusedLayerNorm,
     carry,
+    enter,
     hand_over,
-    open_together,
     rotate_and_cache,
     state_of,
     step_aside,
@@ -51,7 +51,7 @@ class FusedGPTNeoXLayer(hf.GPTNeoXLayer):
         }
         if step_aside():
             return super().forward(hidden_states, **arguments)
-        hidden_states = open_together(self, opening_norms(self), hidden_states)
+        hidden_states = enter(self, opening_norms(self), hidden_states)
         attention, _ = self.attention(self.input_layernorm(hidden_states), **arguments)
         attention = self.post_attention_dropout(attention)
         if self.use_parallel_residual:

@@ -9,7 +9,15 @@ from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama as hf
 
 from hf_fuse import ops
-from hf_fuse.modules import FusedNorm, carry, hand_over, rotate_and_cache, state_of, step_aside
+from hf_fuse.modules import (
+    FusedNorm,
+    carry,
+    enter,
+    hand_over,
+    rotate_and_cache,
+    state_of,
+    step_aside,
+)
 from hf_fuse.ops.activations import from_module
 from hf_fuse.patches.architecture import Architecture, Swap, unknown_activation
 
@@ -49,6 +57,7 @@ class FusedLlamaDecoderLayer(hf.LlamaDecoderLayer):
         }
         if step_aside():
             return super().forward(hidden_states, **arguments)
+        hidden_states = enter(self, opening_norms(self), hidden_states)
         attention, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states), **arguments
         )

@@ -138,7 +138,18 @@ def check(
             )
 
 
-def _fake(x, delta1, delta2, weight1, bias1, weight2, bias2, eps, rms, stats):
+def _fake(
+    x: Tensor,
+    delta1: Tensor | None,
+    delta2: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
+    eps: float,
+    rms: bool,
+    stats: bool,
+) -> tuple[Tensor | None, ...]:
     check(x, delta1, delta2, weight1, bias1, weight2, bias2, rms)
     tokens = x.numel() // x.shape[-1]
     stat = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -156,18 +167,18 @@ def _fake(x, delta1, delta2, weight1, bias1, weight2, bias2, eps, rms, stats):
 
 
 def _fake_backward(
-    grad_residual,
-    grad_normed1,
-    grad_normed2,
-    residual,
-    weight1,
-    weight2,
-    mean,
-    rstd,
-    rms,
-    bias1,
-    bias2,
-):
+    grad_residual: Tensor | None,
+    grad_normed1: Tensor | None,
+    grad_normed2: Tensor | None,
+    residual: Tensor,
+    weight1: Tensor,
+    weight2: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    rms: bool,
+    bias1: bool,
+    bias2: bool,
+) -> tuple[Tensor | None, ...]:
     size = residual.shape[-1]
     wanted = (True, bias1, weight2 is not None, bias2)
     sums = [residual.new_empty(size) if w else None for w in wanted]
@@ -184,7 +195,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_residual, grad_normed1, grad_normed2, _mean, _rstd):
+def _backward(
+    ctx: Any,
+    grad_residual: Tensor | None,
+    grad_normed1: Tensor | None,
+    grad_normed2: Tensor | None,
+    *_: None,
+) -> tuple[Tensor | None, ...]:
     residual, weight1, weight2, mean, rstd = ctx.saved_tensors
     _, has_delta1, has_delta2, _, has_bias1, _, has_bias2 = ctx.present
     grad_input, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = (

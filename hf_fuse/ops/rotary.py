@@ -200,7 +200,16 @@ def _fake_in_place(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     check(q, k, cos, sin)
 
 
-def _fake_cache(q, k, v, cos, sin, key_cache, value_cache, length) -> None:
+def _fake_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    length: Tensor,
+) -> None:
     check(q, k, cos, sin)
     check_cache(k, v, key_cache, value_cache, length)
 

@@ -296,6 +296,7 @@ def _plain_static_layer(cache: Cache | None, index: int, k: Tensor, v: Tensor) -
         return None
     if not layer.is_initialized:
         layer.lazy_initialization(k, v)
+    assert layer.keys is not None
     if layer.keys.dtype != k.dtype or layer.keys.device != k.device:
         return None
     return layer

@@ -1,7 +1,9 @@
-"""The models the tests run: tiny random ones for every variant, the trained ones, and real shapes cut to four layers.
+"""The models the tests run: tiny random ones for every variant, the trained ones, and real shapes
+cut to four layers.
 
-Random weights are drawn so that mistakes show: norm weights and biases are not the ones and zeros transformers starts
-with, and the matrices are large enough that attention is not uniform and the greedy token is not a tie.
+Random weights are drawn so that mistakes show: norm weights and biases are not the ones and zeros
+transformers starts with, and the matrices are large enough that attention is not uniform and the
+greedy token is not a tie.
 """
 
 from __future__ import annotations
@@ -20,11 +22,8 @@ from hf_fuse.patches import BY_BACKBONE
 from hf_fuse.patches.architecture import Architecture
 
 VOCAB = 131
-NO_END = {
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}  # generate to the length asked for
+# Generation goes on to the length asked for.
+NO_END = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 CLASSES = {"llama": "Llama", "gpt_neox": "GPTNeoX", "gpt2": "GPT2"}
 TINY: dict[str, dict[str, Any]] = {
@@ -197,7 +196,7 @@ def cases(*groups: tuple[Case, ...], slow: tuple[str, ...] = ()) -> pytest.MarkD
 
 
 def randomize(model: nn.Module, scale: float, seed: int = 0) -> None:
-    """Random values for every parameter: norm weights around 1, other vectors small, matrices of std `scale`."""
+    """Random parameters: norm weights around 1, other vectors small, matrices of std `scale`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(dict(model.named_parameters()).items()):

@@ -65,8 +65,8 @@ def assert_accurate(x: Tensor, bias: Tensor | None, act: str, atol: float | None
 @each_act
 def test_accuracy(act: str, bias: bool, size: int, dtype: torch.dtype, device: str) -> None:
     tokens = 37 if size < 1000 else 3
-    # A bias gradient is a sum over the tokens: of one element it may come out small by chance.
-    atol = 8 * torch.finfo(dtype).eps if size == 1 else None
+    # A bias gradient is a sum over the tokens: one of few may come out small by chance.
+    atol = 8 * torch.finfo(dtype).eps if size < 10 else None
     assert_accurate(*make((tokens, size), bias, dtype, device), act, atol)
 
 
@@ -203,6 +203,8 @@ def test_strange_values_come_out_as_in_eager(
     act: str, bias: bool, dtype: torch.dtype, device: str
 ) -> None:
     largest = torch.finfo(dtype).max
+    if act == "relu2":  # its square overflows here too, twice its value in no rounding
+        largest /= 4
     values = [float("nan"), float("inf"), -float("inf"), largest, -largest, 0.0, -0.0, 1.0, -1.0]
     x = torch.tensor(values).to(device, dtype).repeat_interleave(3)
     vector = torch.tensor([0.0, -1.0, largest] * 9).to(device, dtype) if bias else None

@@ -1,13 +1,14 @@
-// add_norm on CPU: a row is summed into fp32 scratch that stays in L1, so memory sees each input once and each output
-// once. Statistics are two-pass over that scratch (the mean, then the centred sum of squares), so a row with mean 1e4
-// and standard deviation 1 keeps its variance.
+// add_norm on CPU: a row is summed into fp32 scratch that stays in L1, so memory sees each input
+// once and each output once. Statistics are two-pass over that scratch (the mean, then the centred
+// sum of squares), so a row with mean 1e4 and standard deviation 1 keeps its variance.
 #include "cpu_vec.h"
 
 namespace hf_fuse {
 namespace {
 
-// Calls body(i, vector count's worth of left elements) over a row, whole vectors first, so that their loop has no tail
-// checks. Four independent partial sums hide the latency of the adds; they are combined in a fixed order.
+// Calls body(i, vector count's worth of left elements) over a row, whole vectors first, so that
+// their loop has no tail checks. Four independent partial sums hide the latency of the adds; they
+// are combined in a fixed order.
 template <typename A, typename Body>
 A sum_over(int64_t n, const Body& body) {
   constexpr int64_t kStep = kLanes<A>, kWay = 4;
@@ -35,7 +36,7 @@ acc_t<T> sum_inputs(const AddNormForward& p, int64_t token, acc_t<T>* row) {
       v = round_vec<T>(delta + v);
       store_vec<T>(v, residual + i, left);
     }
-    std::memcpy(row + i, &v, 64);
+    store_vec<A>(v, row + i);
     return v;
   });
 }
@@ -51,9 +52,10 @@ A sum_of_squares(A* row, A shift, int64_t n) {
 }
 
 template <typename T, bool kRms, bool kBias>
-void write_normed(const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const T* weight, const T* bias, T* dst, int64_t n) {
+void write_normed(const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const T* weight, const T* bias,
+                  T* dst, int64_t n) {
   using A = acc_t<T>;
-  const auto write = [&](int64_t i, int64_t left) {
+  for_each_vec<A>(n, [&](int64_t i, int64_t left) {
     vec<A> v = load_vec(row + i);
     if constexpr (kRms) {
       v = round_vec<T>(v * rstd) * load_vec(weight + i, left);
@@ -62,15 +64,12 @@ void write_normed(const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const T* we
       if constexpr (kBias) v += load_vec(bias + i, left);
     }
     store_vec<T>(v, dst + i, left);
-  };
-  int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) write(i, kLanes<A>);
-  if (i < n) write(i, n - i);
+  });
 }
 
 template <typename T>
-void write_normed(const AddNormForward& p, const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const void* weight_ptr,
-                  const void* bias_ptr, T* dst) {
+void write_normed(const AddNormForward& p, const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd,
+                  const void* weight_ptr, const void* bias_ptr, T* dst) {
   const T* weight = static_cast<const T*>(weight_ptr);
   const T* bias = static_cast<const T*>(bias_ptr);
   if (p.rms) return write_normed<T, true, false>(row, mean, rstd, weight, bias, dst, p.hidden_size);
@@ -92,7 +91,8 @@ void forward_rows(const AddNormForward& p, int64_t begin, int64_t end) {
     if (p.mean) *at<A>(p.mean, token) = mean;
     if (p.rstd) *at<A>(p.rstd, token) = rstd;
     write_normed<T>(p, row, mean, rstd, p.weight1, p.bias1, at<T>(p.normed1, token * n));
-    if (p.weight2) write_normed<T>(p, row, mean, rstd, p.weight2, p.bias2, at<T>(p.normed2, token * n));
+    if (p.weight2)
+      write_normed<T>(p, row, mean, rstd, p.weight2, p.bias2, at<T>(p.normed2, token * n));
   }
 }
 
@@ -101,7 +101,8 @@ void forward_rows(const AddNormForward& p, int64_t begin, int64_t end) {
 void add_norm_forward(const AddNormForward& p, void*) {
   dispatch(p.dtype, [&](auto type) {
     using T = decltype(type);
-    for_each_row(p.num_tokens, p.hidden_size, [&](int64_t begin, int64_t end) { forward_rows<T>(p, begin, end); });
+    for_each_row(p.num_tokens, p.hidden_size,
+                 [&](int64_t begin, int64_t end) { forward_rows<T>(p, begin, end); });
   });
 }
 

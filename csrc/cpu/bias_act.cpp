@@ -5,13 +5,34 @@ namespace hf_fuse {
 namespace {
 
 template <typename T>
-void load_biased(const T* x, const void* bias_ptr, acc_t<T>* row, int64_t n) {
-  load_row(x, row, n);
-  if (!bias_ptr) return;
-  acc_t<T>* bias = scratch<acc_t<T>>(3, n);
-  load_row(at<T>(bias_ptr, 0), bias, n);
-  for (int64_t i = 0; i < n; ++i) row[i] += bias[i];
-  round_row<T>(row, n);
+vec<acc_t<T>> load_biased(const T* x, const T* bias, int64_t i, int64_t left) {
+  const vec<acc_t<T>> v = load_vec(x + i, left);
+  return bias ? round_vec<T>(v + load_vec(bias + i, left)) : v;
+}
+
+template <typename T, Act kAct>
+void forward_row(const BiasActForward& p, int64_t token) {
+  using A = acc_t<T>;
+  const T* x = at<T>(p.x, token * p.x_stride);
+  const T* bias = static_cast<const T*>(p.bias);
+  T* out = at<T>(p.out, token * p.size);
+  for_each_vec<A>(p.size, [&](int64_t i, int64_t left) {
+    store_vec<T>(activate<kAct, A>(load_biased(x, bias, i, left)), out + i, left);
+  });
+}
+
+template <typename T, Act kAct>
+void backward_row(const BiasActBackward& p, int64_t token) {
+  using A = acc_t<T>;
+  const T* grad = at<T>(p.grad, token * p.grad_stride);
+  const T* x = at<T>(p.x, token * p.x_stride);
+  const T* bias = static_cast<const T*>(p.bias);
+  T* grad_x = at<T>(p.grad_x, token * p.size);
+  for_each_vec<A>(p.size, [&](int64_t i, int64_t left) {
+    const vec<A> biased = load_biased(x, bias, i, left);
+    store_vec<T>(activate_backward<kAct, A>(load_vec(grad + i, left), biased).grad, grad_x + i,
+                 left);
+  });
 }
 
 }  // namespace
@@ -19,14 +40,9 @@ void load_biased(const T* x, const void* bias_ptr, acc_t<T>* row, int64_t n) {
 void bias_act_forward(const BiasActForward& p, void*) {
   dispatch(p.dtype, [&](auto type) {
     dispatch_act(p.act, [&](auto act) {
-      using T = decltype(type);
       for_each_row(p.num_tokens, p.size, [&](int64_t begin, int64_t end) {
-        acc_t<T>* row = scratch<acc_t<T>>(0, p.size);
-        for (int64_t t = begin; t < end; ++t) {
-          load_biased<T>(at<T>(p.x, t * p.x_stride), p.bias, row, p.size);
-          for (int64_t i = 0; i < p.size; ++i) row[i] = activate<decltype(act)::value>(row[i]);
-          store_row<T>(row, at<T>(p.out, t * p.size), p.size);
-        }
+        for (int64_t token = begin; token < end; ++token)
+          forward_row<decltype(type), decltype(act)::value>(p, token);
       });
     });
   });
@@ -35,16 +51,9 @@ void bias_act_forward(const BiasActForward& p, void*) {
 void bias_act_backward(const BiasActBackward& p, void*) {
   dispatch(p.dtype, [&](auto type) {
     dispatch_act(p.act, [&](auto act) {
-      using T = decltype(type);
       for_each_row(p.num_tokens, p.size, [&](int64_t begin, int64_t end) {
-        acc_t<T>* row = scratch<acc_t<T>>(0, p.size);
-        acc_t<T>* grad = scratch<acc_t<T>>(1, p.size);
-        for (int64_t t = begin; t < end; ++t) {
-          load_biased<T>(at<T>(p.x, t * p.x_stride), p.bias, row, p.size);
-          load_row(at<T>(p.grad, t * p.grad_stride), grad, p.size);
-          for (int64_t i = 0; i < p.size; ++i) grad[i] *= activate_grad<decltype(act)::value>(row[i]);
-          store_row<T>(grad, at<T>(p.grad_x, t * p.size), p.size);
-        }
+        for (int64_t token = begin; token < end; ++token)
+          backward_row<decltype(type), decltype(act)::value>(p, token);
       });
     });
   });

@@ -5,34 +5,31 @@ namespace hf_fuse {
 namespace {
 
 template <typename T, Act kAct>
-void forward_row(const T* gate_ptr, const T* up_ptr, T* out, int64_t n) {
+void forward_row(const GatedActForward& p, int64_t token) {
   using A = acc_t<T>;
-  A* gate = scratch<A>(0, n);
-  A* up = scratch<A>(1, n);
-  load_row(gate_ptr, gate, n);
-  load_row(up_ptr, up, n);
-  for (int64_t i = 0; i < n; ++i) gate[i] = activate<kAct>(gate[i]);
-  round_row<T>(gate, n);
-  for (int64_t i = 0; i < n; ++i) gate[i] *= up[i];
-  store_row<T>(gate, out, n);
+  const T* gate = at<T>(p.gate, token * p.gate_stride);
+  const T* up = at<T>(p.up, token * p.up_stride);
+  T* out = at<T>(p.out, token * p.size);
+  for_each_vec<A>(p.size, [&](int64_t i, int64_t left) {
+    const vec<A> activated = round_vec<T>(activate<kAct, A>(load_vec(gate + i, left)));
+    store_vec<T>(activated * load_vec(up + i, left), out + i, left);
+  });
 }
 
 template <typename T, Act kAct>
-void backward_row(const T* grad_ptr, const T* gate_ptr, const T* up_ptr, T* grad_gate, T* grad_up, int64_t n) {
+void backward_row(const GatedActBackward& p, int64_t token) {
   using A = acc_t<T>;
-  A* grad = scratch<A>(0, n);
-  A* gate = scratch<A>(1, n);
-  A* up = scratch<A>(2, n);
-  A* activated = scratch<A>(3, n);
-  load_row(grad_ptr, grad, n);
-  load_row(gate_ptr, gate, n);
-  load_row(up_ptr, up, n);
-  for (int64_t i = 0; i < n; ++i) activated[i] = activate<kAct>(gate[i]);
-  round_row<T>(activated, n);
-  for (int64_t i = 0; i < n; ++i) activated[i] *= grad[i];
-  store_row<T>(activated, grad_up, n);
-  for (int64_t i = 0; i < n; ++i) up[i] *= grad[i] * activate_grad<kAct>(gate[i]);
-  store_row<T>(up, grad_gate, n);
+  const T* grad_row = at<T>(p.grad, token * p.grad_stride);
+  const T* gate_row = at<T>(p.gate, token * p.gate_stride);
+  const T* up = at<T>(p.up, token * p.up_stride);
+  T* grad_gate = at<T>(p.grad_gate, token * p.size);
+  T* grad_up = at<T>(p.grad_up, token * p.size);
+  for_each_vec<A>(p.size, [&](int64_t i, int64_t left) {
+    const vec<A> grad = load_vec(grad_row + i, left), gate = load_vec(gate_row + i, left);
+    const Backward<A> act = activate_backward<kAct, A>(grad * load_vec(up + i, left), gate);
+    store_vec<T>(grad * round_vec<T>(act.value), grad_up + i, left);
+    store_vec<T>(act.grad, grad_gate + i, left);
+  });
 }
 
 }  // namespace
@@ -40,11 +37,9 @@ void backward_row(const T* grad_ptr, const T* gate_ptr, const T* up_ptr, T* grad
 void gated_act_forward(const GatedActForward& p, void*) {
   dispatch(p.dtype, [&](auto type) {
     dispatch_act(p.act, [&](auto act) {
-      using T = decltype(type);
       for_each_row(p.num_tokens, p.size, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t)
-          forward_row<T, decltype(act)::value>(at<T>(p.gate, t * p.gate_stride), at<T>(p.up, t * p.up_stride),
-                                               at<T>(p.out, t * p.size), p.size);
+        for (int64_t token = begin; token < end; ++token)
+          forward_row<decltype(type), decltype(act)::value>(p, token);
       });
     });
   });
@@ -53,12 +48,9 @@ void gated_act_forward(const GatedActForward& p, void*) {
 void gated_act_backward(const GatedActBackward& p, void*) {
   dispatch(p.dtype, [&](auto type) {
     dispatch_act(p.act, [&](auto act) {
-      using T = decltype(type);
       for_each_row(p.num_tokens, p.size, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t)
-          backward_row<T, decltype(act)::value>(at<T>(p.grad, t * p.grad_stride), at<T>(p.gate, t * p.gate_stride),
-                                                at<T>(p.up, t * p.up_stride), at<T>(p.grad_gate, t * p.size),
-                                                at<T>(p.grad_up, t * p.size), p.size);
+        for (int64_t token = begin; token < end; ++token)
+          backward_row<decltype(type), decltype(act)::value>(p, token);
       });
     });
   });

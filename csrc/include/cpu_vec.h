@@ -1,80 +1,128 @@
-// One vector type for the CPU kernels: 64 bytes of the accumulation type (16 floats or 8 doubles), loaded from and
-// stored to any element type. The compiler lowers it to what the build machine has.
+// One vector type for the CPU kernels: as many bytes of the accumulation type as a register of the
+// build machine holds (gcc makes slow code of wider ones), loaded from and stored to any element
+// type. Everything but the conversions and the fused multiply-add is the compiler's own vector
+// arithmetic.
 #pragma once
-#ifdef __AVX512F__
+#if defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
 #include <immintrin.h>
+#define HF_FUSE_AVX2
 #endif
 
 #include "cpu.h"
 
 namespace hf_fuse {
 
-template <typename A> struct VecOf { typedef A type __attribute__((vector_size(64))); };
-template <typename A> using vec = typename VecOf<A>::type;
-template <typename A> constexpr int64_t kLanes = 64 / sizeof(A);
+#if defined(__AVX512F__) && defined(HF_FUSE_AVX2)
+#define HF_FUSE_AVX512
+constexpr int64_t kVecBytes = 64;
+#elif defined(HF_FUSE_AVX2)
+constexpr int64_t kVecBytes = 32;
+#else
+constexpr int64_t kVecBytes = 16;
+#endif
 
-typedef uint16_t bits16_vec __attribute__((vector_size(32)));
-typedef uint32_t bits32_vec __attribute__((vector_size(64)));
+template <typename A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kVecBytes)));
+};
+template <typename A>
+using vec = typename VecOf<A>::type;
+template <typename A>
+constexpr int64_t kLanes = kVecBytes / sizeof(A);
 
-// The bits of v rounded to bfloat16 (nearest even, a NaN stays a NaN), in the upper half of each lane.
+typedef uint16_t bits16_vec __attribute__((vector_size(kVecBytes / 2)));
+typedef uint32_t bits32_vec __attribute__((vector_size(kVecBytes)));
+typedef int32_t int_vec __attribute__((vector_size(kVecBytes)));
+
+template <typename A>
+vec<A> broadcast(A value) {
+  return vec<A>{} + value;
+}
+
+#if defined(HF_FUSE_AVX512)
+inline bits32_vec widen(bits16_vec v) { return (bits32_vec)_mm512_cvtepu16_epi32((__m256i)v); }
+inline bits16_vec narrow(bits32_vec v) { return (bits16_vec)_mm512_cvtepi32_epi16((__m512i)v); }
+inline vec<float> from_half(bits16_vec v) { return (vec<float>)_mm512_cvtph_ps((__m256i)v); }
+inline bits16_vec to_half(vec<float> v) {
+  return (bits16_vec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+inline bits32_vec widen(bits16_vec v) { return __builtin_convertvector(v, bits32_vec); }
+inline bits16_vec narrow(bits32_vec v) { return __builtin_convertvector(v, bits16_vec); }
+#if defined(HF_FUSE_AVX2)
+inline vec<float> from_half(bits16_vec v) { return (vec<float>)_mm256_cvtph_ps((__m128i)v); }
+inline bits16_vec to_half(vec<float> v) {
+  return (bits16_vec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+inline vec<float> from_half(bits16_vec v) {
+  vec<float> wide;
+  for (int64_t i = 0; i < kLanes<float>; ++i) wide[i] = to_acc(Half{v[i]});
+  return wide;
+}
+inline bits16_vec to_half(vec<float> v) {
+  bits16_vec half;
+  for (int64_t i = 0; i < kLanes<float>; ++i) half[i] = from_acc<Half>(v[i]).bits;
+  return half;
+}
+#endif
+#endif
+
+// a * b + c in one rounding where the build machine has the instruction. (The build turns
+// contraction off, since the other kernels round where eager torch rounds.)
+template <typename V>
+V multiply_add(V a, V b, V c) {
+#if defined(HF_FUSE_AVX512)
+  if constexpr (std::is_same_v<V, vec<float>>)
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(HF_FUSE_AVX2)
+  if constexpr (std::is_same_v<V, vec<float>>)
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+  return a * b + c;
+}
+
+// v rounded to bfloat16 (nearest even) in the upper half of each lane; what is left in the lower
+// half does not count. A NaN stays a NaN: those of bfloat16 inputs and of the hardware have an
+// empty lower half, so nothing is carried.
 inline bits32_vec bfloat16_bits(vec<float> v) {
-  bits32_vec bits;
-  std::memcpy(&bits, &v, 64);
-  const auto nan = reinterpret_cast<bits32_vec>(v != v);
-  return (((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (0x7fc00000u & nan)) & 0xffff0000u;
+  const bits32_vec bits = (bits32_vec)v;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 template <typename T>
 vec<acc_t<T>> load_vec(const T* src) {
-  using A = acc_t<T>;
-  vec<A> v;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    std::memcpy(&v, src, 64);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    bits16_vec narrow;
-    std::memcpy(&narrow, src, 32);
-    const bits32_vec wide = __builtin_convertvector(narrow, bits32_vec) << 16;
-    std::memcpy(&v, &wide, 64);
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    vec<T> v;
+    std::memcpy(&v, src, sizeof v);
+    return v;
   } else {
-#ifdef __AVX512F__
-    v = reinterpret_cast<vec<A>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))));
-#else
-    float lanes[16];
-    load_row(src, lanes, 16);
-    std::memcpy(&v, lanes, 64);
-#endif
+    bits16_vec bits;
+    std::memcpy(&bits, src, sizeof bits);
+    if constexpr (std::is_same_v<T, Half>) return from_half(bits);
+    return (vec<float>)(widen(bits) << 16);
   }
-  return v;
 }
 
 template <typename T>
 void store_vec(vec<acc_t<T>> v, T* dst) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    std::memcpy(dst, &v, 64);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const bits16_vec narrow = __builtin_convertvector(bfloat16_bits(v) >> 16, bits16_vec);
-    std::memcpy(dst, &narrow, 32);
+    std::memcpy(dst, &v, sizeof v);
   } else {
-#ifdef __AVX512F__
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst),
-                        _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-#else
-    float lanes[16];
-    std::memcpy(lanes, &v, 64);
-    store_row<T>(lanes, dst, 16);
-#endif
+    bits16_vec bits;
+    if constexpr (std::is_same_v<T, Half>)
+      bits = to_half(v);
+    else
+      bits = narrow(bfloat16_bits(v) >> 16);
+    std::memcpy(dst, &bits, sizeof bits);
   }
 }
 
 // What T would hold of v.
 template <typename T>
 vec<acc_t<T>> round_vec(vec<acc_t<T>> v) {
-  if constexpr (std::is_same_v<T, BFloat16>) return reinterpret_cast<vec<float>>(bfloat16_bits(v));
-  if constexpr (std::is_same_v<T, Half>) {
-    Half lanes[16];
-    store_vec<Half>(v, lanes);
-    return load_vec<Half>(lanes);
-  }
+  if constexpr (std::is_same_v<T, BFloat16>) return (vec<float>)(bfloat16_bits(v) & 0xffff0000u);
+  if constexpr (std::is_same_v<T, Half>) return from_half(to_half(v));
   return v;
 }
 
@@ -95,14 +143,21 @@ void store_vec(vec<acc_t<T>> v, T* dst, int64_t n) {
   std::memcpy(dst, lanes, n * sizeof(T));
 }
 
+// body(i, left) for every vector of a row of n elements, whole ones first, so that their loop has
+// no tail checks.
+template <typename A, typename Body>
+void for_each_vec(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) body(i, kLanes<A>);
+  if (i < n) body(i, n - i);
+}
+
 // Lanes summed as a tree, always in the same order.
 template <typename A>
 A sum_lanes(vec<A> v) {
-  A lanes[kLanes<A>];
-  std::memcpy(lanes, &v, 64);
   for (int64_t width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+    for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
 }
 
 }  // namespace hf_fuse

@@ -1,0 +1,169 @@
+"""Copies, files, PEFT and accelerate: a patched model goes where any model goes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from answers import assert_same, check, gradients, logits, norm_calls
+from helpers import count_ops
+from models import (
+    PLAIN,
+    Case,
+    architecture_of,
+    cases,
+    layers_of,
+    tokens_for,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import hf_fuse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_torch_save])
+@cases(PLAIN)
+def test_a_copy_is_patched_and_independent(case: Case, copy_of: Callable, device: str) -> None:
+    model = case.build(device=device)
+    ids = tokens_for(model, 2, 17)
+    expected = logits(model, input_ids=ids)
+    hf_fuse.patch(model)
+    patched = logits(model, input_ids=ids)
+    twin = copy_of(model)
+    assert hf_fuse.is_patched(twin)
+    with count_ops() as calls:
+        assert_same(logits(twin, input_ids=ids), expected)
+    # The twin's layers hand over to the twin's own norms: the one plain norm is the first.
+    assert calls["hf_fuse::add_norm"] == norm_calls(model)
+    hf_fuse.unpatch(twin)
+    assert not hf_fuse.is_patched(twin)
+    assert_same(logits(twin, input_ids=ids), expected, 1e-6)
+    assert hf_fuse.is_patched(model)
+    assert torch.equal(logits(model, input_ids=ids), patched)
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    assert torch.equal(logits(model, input_ids=ids), patched)
+
+
+@cases(PLAIN)
+def test_save_pretrained_and_back(case: Case, tmp_path: Any, device: str) -> None:
+    model = case.build(device=device)
+    ids = tokens_for(model, 2, 17)
+    expected, name = logits(model, input_ids=ids), type(model).__name__
+    hf_fuse.patch(model).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [name]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(device).eval()
+    assert type(loaded).__name__ == name
+    assert not hf_fuse.is_patched(loaded)
+    assert_same(logits(loaded, input_ids=ids), expected, 1e-6)
+    patched = hf_fuse.patch(loaded).state_dict()
+    assert_same(dict(patched), dict(model.state_dict()), 0.0)
+
+
+@pytest.mark.parametrize("order", ["wrap_then_patch", "patch_then_wrap"])
+@cases(PLAIN)
+def test_peft_lora(case: Case, order: str, device: str) -> None:
+    peft = pytest.importorskip("peft")
+
+    def wrapped(model: nn.Module) -> nn.Module:
+        config = peft.LoraConfig(
+            r=4,
+            target_modules="all-linear",
+            init_lora_weights=False,
+            fan_in_fan_out=case.model_type == "gpt2",
+        )
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(0.1)
+        return model
+
+    plain = wrapped(case.build(device=device))
+    if order == "wrap_then_patch":
+        model = hf_fuse.patch(wrapped(case.build(device=device)))
+    else:
+        model = wrapped(hf_fuse.patch(case.build(device=device)))
+    ids = tokens_for(plain, 2, 17)
+    with count_ops() as calls:
+        assert_same(logits(model, input_ids=ids), logits(plain, input_ids=ids))
+    assert calls["hf_fuse::add_norm"] == norm_calls(model)
+    assert_same(gradients(model, input_ids=ids), gradients(plain, input_ids=ids))
+    merged, plain_merged = model.merge_and_unload(), plain.merge_and_unload()
+    assert hf_fuse.is_patched(merged)
+    assert_same(logits(merged, input_ids=ids), logits(plain_merged, input_ids=ids))
+    hf_fuse.unpatch(merged)
+    assert type(layers_of(merged)[0]) is type(layers_of(plain_merged)[0])
+
+
+@cases(PLAIN)
+def test_peft_that_trains_a_copy_of_a_norm(case: Case, device: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = case.build(device=device)
+    norm = architecture_of(model).opening_norms(layers_of(model)[1])[0]
+    name = next(n for n, m in layers_of(model)[1].named_modules() if m is norm)
+    config = peft.LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        modules_to_save=[name],
+        fan_in_fan_out=case.model_type == "gpt2",
+    )
+    model = peft.get_peft_model(model, config)
+    for parameter_name, parameter in model.named_parameters():
+        if f"{name}.modules_to_save" in parameter_name:
+            parameter.data.mul_(1.5)  # what was trained
+    ids = tokens_for(model, 2, 17)
+    check(model, lambda m: logits(m, input_ids=ids))
+    check(model, lambda m: gradients(m, input_ids=ids))
+
+
+@pytest.mark.parametrize("order", ["hooks_then_patch", "patch_then_hooks"])
+@cases(PLAIN)
+def test_accelerate_hooks(case: Case, order: str, device: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = case.build(device=device)
+    ids = tokens_for(model, 2, 17)
+    expected = logits(model, input_ids=ids)
+
+    def dispatch() -> None:
+        # One entry a layer, so that every layer gets a hook of its own.
+        parts = {n: device for n, m in model.named_modules() if n and not list(m.children())}
+        accelerate.dispatch_model(model, parts, main_device=device, force_hooks=True)
+
+    def originals() -> list[Any]:
+        return [m._old_forward for m in model.modules() if hasattr(m, "_old_forward")]
+
+    if order == "hooks_then_patch":
+        dispatch()
+        hf_fuse.patch(model)
+    else:
+        hf_fuse.patch(model)
+        dispatch()
+    assert len(originals()) > len(layers_of(model))
+    with count_ops() as calls:
+        assert_same(logits(model, input_ids=ids), expected)
+    assert calls["hf_fuse::add_norm"] == norm_calls(model)
+    hf_fuse.unpatch(model)
+    for module in model.modules():
+        if hasattr(module, "_old_forward"):
+            assert module._old_forward.__func__ is type(module).forward
+    assert torch.equal(logits(model, input_ids=ids), expected)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pytest
 import torch
 from helpers import count_ops, largest_error, relative_error, strange
 from models import architecture_of, layers_of, padded, tokens_for
@@ -84,6 +86,15 @@ def gradients(model: nn.Module, **inputs: Any) -> dict[str, Tensor | None]:
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def checkpoint(model: nn.Module, reentrant: bool, **options: Any) -> None:
+    """Turn gradient checkpointing on; skips the test where this transformers lacks an option."""
+    # The newer name, where there is one.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    for name in options.keys() - inspect.signature(enable).parameters.keys():
+        pytest.skip(f"this transformers has no {name}")
+    enable({"use_reentrant": reentrant}, **options)
 
 
 def generate(model: nn.Module, ids: Tensor, new: int = 64, **options: Any) -> Tensor:

@@ -200,17 +200,26 @@ def test_no_tokens(variant: Variant, leading: tuple[int, ...], device: str) -> N
 @each_layout
 @few_variants
 def test_layouts(variant: Variant, layout: Callable, dtype: torch.dtype, device: str) -> None:
-    """The layout of the inputs does not change a bit of the answer."""
+    """The layout of the inputs does not change the answer: on CPU not a bit of it; on CUDA unaligned
+    rows are summed element by element, in another order, which may move the last bit or two.
+    """
+
+    def check(output: Tensor, expected: Tensor, name: str) -> None:
+        if device == "cpu" or name == "residual":
+            assert_equal(output, expected, name)
+        else:
+            assert relative_error(output, expected) < 4 * torch.finfo(dtype).eps, name
+
     for hidden_size in (111, 768):
         args = make(variant, (2, 5, hidden_size), dtype, device)
         moved = args.map_rows(layout)
         if layout is LAYOUTS["unaligned"]:
             moved = args.map(layout)
         for name, output in named(moved()).items():
-            assert_equal(output, named(args())[name], name)
+            check(output, named(args())[name], name)
         expected = args.gradients()
         for name, grad in moved.gradients().items():
-            assert_equal(grad, expected[name], name)
+            check(grad, expected[name], name)
 
 
 def test_expanded_rows(device: str) -> None:

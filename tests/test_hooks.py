@@ -154,6 +154,27 @@ def test_gradients_with_hooks(case: Case, hook: str, device: str) -> None:
     check(model, run)
 
 
+@pytest.mark.parametrize("hook", [h for h in HOOKS if "in_place" in h])
+@cases(PLAIN)
+def test_gradients_with_hooks_in_place_are_never_silently_wrong(
+    case: Case, hook: str, device: str
+) -> None:
+    """The fused op saves the sum it returns, so autograd may refuse a write into it."""
+    model = case.build(device=device)
+    ids = tokens_for(model, 2, 17)
+
+    def run(model: nn.Module) -> Any:
+        with attached(model, HOOKS[hook]):
+            return gradients(model, input_ids=ids)
+
+    expected = run(model)
+    hf_fuse.patch(model)
+    try:
+        assert_same(run(model), expected)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @cases(PLAIN)
 def test_what_hooks_kept_of_a_generate_is_not_written_over(

@@ -16,6 +16,7 @@ from answers import (
     check,
     check_forward,
     check_greedy,
+    checkpoint,
     flatten,
     gradients,
     logits,
@@ -191,11 +192,15 @@ def test_sampling_and_beams_draw_the_same_tokens(case: Case, device: str) -> Non
     check(model, run)
 
 
+@pytest.mark.parametrize("which", ["every", "every_second", "offloaded"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved_tensors", "reentrant"])
 @cases(PLAIN, (GPT_NEOX_SERIAL,))
-def test_gradient_checkpointing(case: Case, reentrant: bool, device: str) -> None:
-    model = case.build(device=device, **DROPOUT[case.model_type]).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+def test_gradient_checkpointing(case: Case, reentrant: bool, which: str, device: str) -> None:
+    model = case.build(device=device, num_hidden_layers=4, **DROPOUT[case.model_type]).train()
+    if which == "offloaded" and device == "cpu":
+        pytest.skip("transformers offloads from an accelerator only")
+    options = {"every": {}, "every_second": {"every_n_layers": 2}, "offloaded": {"offload": True}}
+    checkpoint(model, reentrant, **options[which])
     ids = tokens_for(model, 2, 29)
     check(model, lambda m: gradients(m, input_ids=ids, use_cache=False))
 
@@ -327,7 +332,7 @@ def embeddings_of(model: nn.Module, ids: Tensor) -> Tensor:
     return model.get_input_embeddings()(ids).detach()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @cases(PLAIN, (GPT_NEOX_SERIAL,))
 def test_nan_and_inf_come_out_as_eager_brings_them_out(
     case: Case, value: float, device: str
@@ -338,7 +343,7 @@ def test_nan_and_inf_come_out_as_eager_brings_them_out(
     actual, expected = both(model, lambda m: logits(m, inputs_embeds=embeddings))
     assert_same(actual, expected)
     assert expected[1].isfinite().all()
-    assert value == 1e30 or expected[0].isnan().any()
+    assert expected[0].isnan().any()
 
 
 def _hidden(model: nn.Module, size: int = 0) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from answers import checkpoint
 from helpers import count_ops, largest_error
 from models import (
     GPT2,
@@ -681,7 +682,7 @@ def test_the_report_names_what_was_done(case: Case, device: str) -> None:
 
 def test_the_report_tells_of_calls_left_to_transformers(device: str) -> None:
     model = hf_fuse.patch(GPT2.build(device=device).train())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint(model, reentrant=False)
     ids = tokens_for(model, 2, 9)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     report = hf_fuse.report(model)

@@ -6,7 +6,6 @@
 
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -18,12 +17,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Plain strings, no streams: a stream in an extension needs the very libstdc++ that torch loaded.
+inline const std::string& text_of(const std::string& part) { return part; }
+inline std::string text_of(const char* part) { return part; }
+inline std::string text_of(int64_t part) { return std::to_string(part); }
+
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "hf_fuse ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error("hf_fuse " + (std::string() + ... + text_of(parts)));
 }
 
 // The C shim answers with an error code.

@@ -61,17 +61,20 @@ struct Normal {
 inline Normal<float> normal(vec<float> x) {
   vec<float> a = x < 0.f ? -x : x;
   a = a > 15.f ? broadcast(15.f) : a;  // beyond, both are below the smallest float
-  const vec<float> squared = a * a, bell = exp_vec(squared * -0.5f);
-  // Near zero cdf - 1/2 = x q(x^2); elsewhere cdf(-a) = bell t p(t). Both are minimax fits,
-  // of 1.4e-8 and 8.2e-8.
-  constexpr float kNear[] = {0.398942292f,   -0.0664903596f,  0.00997333042f,
-                             -0.0011863485f, 0.000113507478f, -7.66260837e-06f};
-  constexpr float kTail[] = {0.159595788f, 0.159099981f,  0.139002383f, 0.0555402823f,
-                             0.105363667f, -0.186428472f, 0.068121545f};
-  const vec<float> near = multiply_add(x, polynomial(squared, kNear), broadcast(0.5f));
-  const vec<float> t = 1.f / multiply_add(a, broadcast(0.4f), broadcast(1.f));
-  const vec<float> tail = bell * t * polynomial(t, kTail);
-  return {a < 1.f ? near : x > 0.f ? 1.f - tail : tail, bell};
+  const vec<float> bell = exp_vec(a * a * -0.5f);
+  // cdf(-a) / bell is smooth in s, and its rounding errors vanish with a: a minimax fit of 1.2e-7.
+  constexpr float kTerms[] = {0.5f,
+                              -0.398943037f,
+                              0.130326673f,
+                              -0.0189248249f,
+                              -0.000373951654f,
+                              0.000271944387f,
+                              8.29197306e-05f,
+                              -2.93391677e-05f,
+                              2.4488013e-06f};
+  const vec<float> s = a / multiply_add(a, broadcast(0.3f), broadcast(1.f));
+  const vec<float> tail = bell * polynomial(s, kTerms);
+  return {x > 0.f ? 1.f - tail : tail, bell};
 }
 
 inline Normal<double> normal(vec<double> x) {

@@ -16,6 +16,8 @@ from hf_fuse import jit
 
 NAMESPACE = "hf_fuse"
 BACKENDS = ("auto", "cuda", "cpu", "reference")
+_COMMON = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"cuda": frozenset(_COMMON), "cpu": frozenset((*_COMMON, torch.float64))}
 
 _ready: dict[str, bool] = {}
 _registrations: list[Callable[[], None]] = []
@@ -45,13 +47,15 @@ def _prepare(device_type: str) -> bool:
 
 
 def use_kernel(x: torch.Tensor, backend: str) -> bool:
-    """Whether an op on `x` runs its kernel (True) or its reference (False).
+    """Whether an op on `x` runs its kernel (True) or its reference (False): with "auto", when there is
+    one for its device and dtype.
 
     Raises ValueError for an unknown backend and RuntimeError when "cpu" or "cuda" was asked for and
     cannot be had.
     """
     if backend == "auto":
-        return kernels(x.device.type)
+        device_type = x.device.type
+        return x.dtype in DTYPES.get(device_type, ()) and kernels(device_type)
     if backend == "reference":
         return False
     if backend not in BACKENDS:

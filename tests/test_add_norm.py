@@ -200,8 +200,8 @@ def test_no_tokens(variant: Variant, leading: tuple[int, ...], device: str) -> N
 @each_layout
 @few_variants
 def test_layouts(variant: Variant, layout: Callable, dtype: torch.dtype, device: str) -> None:
-    """The layout of the inputs does not change the answer: on CPU not a bit of it; on CUDA unaligned
-    rows are summed element by element, in another order, which may move the last bit or two.
+    """The layout of the inputs does not change the answer: on CPU not a bit; on CUDA, rows that
+    are not aligned are summed one element at a time, which may move the last bit or two.
     """
 
     def check(output: Tensor, expected: Tensor, name: str) -> None:
@@ -515,7 +515,8 @@ def test_tensors_on_two_devices(index: int, backend: str) -> None:
 
 
 @pytest.mark.cuda
-def test_float64_on_cuda_is_refused_by_name() -> None:
+def test_float64_on_cuda_takes_the_reference_or_is_refused_by_name() -> None:
     args = make(Variant("rms"), (2, 8), torch.float64, "cuda")
+    assert_equal(args()[1], args(reference)[1], "normed")
     with pytest.raises(RuntimeError, match=r"x must be float32, float16 or bfloat16.*got float64"):
-        args()
+        args(backend="cuda")

@@ -175,6 +175,24 @@ def test_gradients_with_hooks_in_place_are_never_silently_wrong(
         assert "modified by an inplace operation" in str(error)  # noqa: PT017
 
 
+@cases(PLAIN, (GPT_NEOX_SERIAL,))
+def test_a_hook_may_ask_for_the_gradient_of_a_hidden_state(case: Case, device: str) -> None:
+    """As saliency does: nothing requires grad until a hook says so, after the row was computed."""
+    model = case.build(device=device).requires_grad_(False)
+    ids = tokens_for(model, 2, 17)
+
+    def run(model: nn.Module) -> Any:
+        kept: list[Tensor] = []
+        handle = layers_of(model)[0].register_forward_hook(
+            lambda module, inputs, output: kept.append(output.requires_grad_())
+        )
+        model(input_ids=ids).logits.square().mean().backward()
+        handle.remove()
+        return kept[0].grad
+
+    check(model, run)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @cases(PLAIN)
 def test_what_hooks_kept_of_a_generate_is_not_written_over(

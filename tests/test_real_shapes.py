@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 from answers import check, check_forward, check_greedy, gradients
 from models import REAL_SHAPES, Case, cases, tokens_for
 
 QUICK = ("SmolLM-135M", "pythia-160m", "gpt2")
+each_shape = cases(REAL_SHAPES, slow=tuple(c.id for c in REAL_SHAPES if c.id not in QUICK))
 
 
-@cases(REAL_SHAPES, slow=tuple(c.id for c in REAL_SHAPES if c.id not in QUICK))
-def test_real_shapes_cut_to_four_layers(case: Case, device: str) -> None:
+@each_shape
+def test_forward_and_gradients_at_real_shapes(case: Case, device: str) -> None:
     model = case.build(device=device)
     check_forward(model)
     ids = tokens_for(model, 2, 40)
     check(model, lambda m: gradients(m, input_ids=ids))
-    check_greedy(model, "dynamic")
-    check_greedy(model, "static")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@each_shape
+def test_64_greedy_tokens_at_real_shapes(case: Case, cache: str, device: str) -> None:
+    check_greedy(case.build(device=device), cache)

@@ -1,4 +1,5 @@
-// rotary on CPU: one (batch, position) at a time over all heads, so a position's cos and sin are read once.
+// rotary on CPU: one (batch, position) at a time over all heads, so a position's cos and sin are
+// read once.
 #include "cpu.h"
 
 namespace hf_fuse {
@@ -29,7 +30,8 @@ void rotate_head(const Rotary& p, const T* src, T* dst, const acc_t<T>* cos, con
   round_row<T>(products, p.rotary_dim);
   round_row<T>(rotated, p.rotary_dim);
   for (int64_t i = 0; i < p.rotary_dim; ++i) products[i] += rotated[i];
-  if (src != dst) std::memcpy(dst + p.rotary_dim, src + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
+  if (src != dst)
+    std::memcpy(dst + p.rotary_dim, src + p.rotary_dim, (p.head_dim - p.rotary_dim) * sizeof(T));
   store_row<T>(products, dst, p.rotary_dim);
 }
 
@@ -53,7 +55,8 @@ void rotate_position(const Rotary& p, int64_t batch, int64_t position, int64_t c
       rotate_head<T>(p, k, at<T>(p.k_out, offset(p.k_out_stride, batch, h, position)), cos, sin);
       continue;
     }
-    rotate_head<T>(p, k, at<T>(p.key_cache, offset(p.key_cache_stride, batch, h, cache_row)), cos, sin);
+    rotate_head<T>(p, k, at<T>(p.key_cache, offset(p.key_cache_stride, batch, h, cache_row)), cos,
+                   sin);
     std::memcpy(at<T>(p.value_cache, offset(p.value_cache_stride, batch, h, cache_row)),
                 at<T>(p.v, offset(p.v_stride, batch, h, position)), p.head_dim * sizeof(T));
   }
@@ -64,14 +67,16 @@ void rotate_position(const Rotary& p, int64_t batch, int64_t position, int64_t c
 void rotary_forward(const Rotary& p, void*) {
   const int64_t length = p.length ? *p.length : 0;
   if (p.length && length + p.seq_len > p.capacity)
-    throw std::runtime_error("hf_fuse rotary: the static cache holds " + std::to_string(length) + " of " +
-                             std::to_string(p.capacity) + " positions and cannot take " +
+    throw std::runtime_error("hf_fuse rotary: the static cache holds " + std::to_string(length) +
+                             " of " + std::to_string(p.capacity) + " positions and cannot take " +
                              std::to_string(p.seq_len) + " more");
   dispatch(p.dtype, [&](auto type) {
-    for_each_row(p.batch * p.seq_len, (p.num_heads + p.num_kv_heads) * p.head_dim, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        rotate_position<decltype(type)>(p, i / p.seq_len, i % p.seq_len, length + i % p.seq_len);
-    });
+    for_each_row(p.batch * p.seq_len, (p.num_heads + p.num_kv_heads) * p.head_dim,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i)
+                     rotate_position<decltype(type)>(p, i / p.seq_len, i % p.seq_len,
+                                                     length + i % p.seq_len);
+                 });
   });
   if (p.length) *p.length = length + p.seq_len;
 }

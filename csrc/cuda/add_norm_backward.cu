@@ -23,6 +23,10 @@ int num_norms(const AddNormBackward& p) {
   return p.grad_normed2 || p.grad_weight2 || p.grad_bias2 ? 2 : 1;
 }
 
+constexpr int max_threads(int norms, int vecs) {
+  return vecs == 1 ? (norms == 1 ? 1024 : 640) : vecs == 2 ? 512 : 128;
+}
+
 // Launch choices, from the sizes alone: the workspace is measured before there are pointers.
 struct Plan {
   bool in_registers;        // otherwise rows are read twice and sums are kept in the workspace
@@ -37,13 +41,16 @@ Plan make_plan(const AddNormBackward& p) {
   if (vectors <= 128) {  // a warp a row: no barrier in the loop, and 4 rows share a partial sum
     return {supported, kWarpSize, 4, 4, std::min(ceil_div(p.num_tokens, 4), 3 * num_sms)};
   }
-  // One vector a thread while a thread's sums fit in 64 registers, so that a multiprocessor holds
-  // 1024 threads; two LayerNorms' sums want 128 registers, and two vectors to share the barriers.
-  // Either way 70 to 100 KB are in flight on a multiprocessor.
-  const int vecs = num_norms(p) == 1 ? 1 : 2, most = num_norms(p) == 1 ? 1024 : 512;
-  const int64_t threads = std::min<int64_t>(most, round_up(ceil_div(vectors, vecs), kWarpSize));
-  return {supported && vectors <= 1024, static_cast<int>(threads), vecs, 1,
-          std::min(p.num_tokens, most / threads * num_sms)};
+  // One vector a thread, so that a multiprocessor holds as many threads as their sums leave
+  // registers for: 1024 with one norm's, 640 with two LayerNorms'. Rows that are longer than that
+  // with two norms take two vectors a thread. Either way 60 to 100 KB are in flight.
+  const int64_t most = max_threads(num_norms(p), 1), one = round_up(vectors, kWarpSize);
+  if (one <= most) {
+    return {supported, static_cast<int>(one), 1, 1, std::min(p.num_tokens, most / one * num_sms)};
+  }
+  const int64_t two = std::min<int64_t>(512, round_up(ceil_div(vectors, 2), kWarpSize));
+  return {supported && vectors <= 1024 && num_norms(p) == 2, static_cast<int>(two), 2, 1,
+          std::min(p.num_tokens, 512 / two * num_sms)};
 }
 
 struct GradList {
@@ -237,10 +244,7 @@ __device__ void write_partial(const Ring& ring, const float (&sums)[kVecs][kSize
 }
 
 template <typename T, bool kRms, int kNorms, int kVecs>
-__global__ void __launch_bounds__(kVecs == 1   ? 1024
-                                  : kVecs == 2 ? 512
-                                               : 128,
-                                  1)
+__global__ void __launch_bounds__(max_threads(kNorms, kVecs), 1)
     add_norm_backward_kernel(const AddNormBackward p, const float inv_hidden) {
   using V = Vec16<T>;
   using Ring = RowRing<T, kNorms, kVecs>;
@@ -295,8 +299,8 @@ __global__ void __launch_bounds__(kVecs == 1   ? 1024
     T* out = static_cast<T*>(p.grad_input) + row * hidden;
 #pragma unroll
     for (int j = 0; j < kVecs; ++j) {
-      V dy[2];  // two norms' sums leave no registers for what was computed above
-      const auto t = kNorms == 1 ? kept[j] : terms(j, dy);
+      V dy[2];  // more than one vector's sums leave no registers for what was computed above
+      const auto t = kVecs == 1 ? kept[j] : terms(j, dy);
       const V grad =
           t.grad_input(current.rstd, mean_g, mean_gx, ring.input(stage, Ring::kGradResidual, j));
       if (ring.inside(j)) store(out + ring.column(j), grad);
@@ -438,6 +442,7 @@ template <typename T>
 bool launch_in_registers(const AddNormBackward& p, const Plan& plan, void* stream) {
   const bool wide = plan.vecs == 4;
   if (num_norms(p) == 2) {
+    if (plan.vecs == 1) return launch_row<T, false, 2, 1>(p, plan, stream);
     return wide ? launch_row<T, false, 2, 4>(p, plan, stream)
                 : launch_row<T, false, 2, 2>(p, plan, stream);
   }

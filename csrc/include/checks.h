@@ -1,4 +1,5 @@
-// Checks and small helpers of the bindings: what an op accepts, said in the words of the caller's tensors.
+// Checks and small helpers of the bindings: what an op accepts, said in the words of the caller's
+// tensors.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -40,56 +41,76 @@ inline std::string shape_of(const Tensor& t) {
 
 inline const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return "an unsupported dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "an unsupported dtype";
   }
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
     case ScalarType::Double:
       if (!t.is_cuda()) return DType::kFloat64;
       [[fallthrough]];
     default:
-      fail(op, ": ", name, " must be float32, float16 or bfloat16 (on CPU also float64), got ", name_of(t.scalar_type()));
+      fail(op, ": ", name, " must be float32, float16 or bfloat16 (on CPU also float64), got ",
+           name_of(t.scalar_type()));
   }
 }
 
 // `t` must live where `like` lives and have its dtype.
-inline void check_like(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_like(const char* op, const char* name, const Tensor& t, const char* like_name,
+                       const Tensor& like) {
   if (t.scalar_type() != like.scalar_type())
-    fail(op, ": ", name, " must have the dtype of ", like_name, ", ", name_of(like.scalar_type()), ", got ", name_of(t.scalar_type()));
+    fail(op, ": ", name, " must have the dtype of ", like_name, ", ", name_of(like.scalar_type()),
+         ", got ", name_of(t.scalar_type()));
   if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
-    fail(op, ": ", name, " must be on the device of ", like_name, ", ", like.is_cuda() ? "cuda:" : "cpu ",
-         like.get_device_index(), ", got ", t.is_cuda() ? "cuda:" : "cpu ", t.get_device_index());
+    fail(op, ": ", name, " must be on the device of ", like_name, ", ",
+         like.is_cuda() ? "cuda:" : "cpu ", like.get_device_index(), ", got ",
+         t.is_cuda() ? "cuda:" : "cpu ", t.get_device_index());
 }
 
-inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_same_shape(const char* op, const char* name, const Tensor& t,
+                             const char* like_name, const Tensor& like) {
   check_like(op, name, t, like_name, like);
   bool same = t.dim() == like.dim();
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
-  if (!same) fail(op, ": ", name, " must have the shape of ", like_name, ", ", shape_of(like), ", got ", shape_of(t));
+  if (!same)
+    fail(op, ": ", name, " must have the shape of ", like_name, ", ", shape_of(like), ", got ",
+         shape_of(t));
 }
 
-inline void check_vector(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_vector(const char* op, const char* name, const Tensor& t, const char* like_name,
+                         const Tensor& like) {
   check_like(op, name, t, like_name, like);
   const int64_t size = like.size(like.dim() - 1);
   if (t.dim() != 1 || t.size(0) != size)
-    fail(op, ": ", name, " must have shape [", size, "], the last dimension of ", like_name, ", got ", shape_of(t));
+    fail(op, ": ", name, " must have shape [", size, "], the last dimension of ", like_name,
+         ", got ", shape_of(t));
   if (size > 1 && t.stride(0) != 1) fail(op, ": ", name, " must be contiguous");
 }
 
-// The rows of a tensor [..., size] as (pointer, row stride). A tensor whose leading dimensions do not collapse into one
-// stride is copied; `tensor` keeps the copy alive.
+// The rows of a tensor [..., size] as (pointer, row stride). A tensor whose leading dimensions do
+// not collapse into one stride is copied; `tensor` keeps the copy alive.
 struct Rows {
   Tensor tensor;
   int64_t stride;
@@ -119,12 +140,14 @@ inline Rows rows_of(const Tensor& t) {
   return {torch::stable::contiguous(t), t.size(t.dim() - 1)};
 }
 
-inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType type) {
+inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
+                            int64_t dim, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   int32_t device_type = 0;
   check_torch(aoti_torch_get_device_type(like.get(), &device_type));
-  check_torch(aoti_torch_empty_strided(dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         device_type, like.get_device_index(), &handle));
+  check_torch(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -47,8 +47,8 @@ def _prepare(device_type: str) -> bool:
 
 
 def use_kernel(x: torch.Tensor, backend: str) -> bool:
-    """Whether an op on `x` runs its kernel (True) or its reference (False): with "auto", when there is
-    one for its device and dtype.
+    """Whether an op on `x` runs its kernel (True) or its reference (False): with "auto", its kernel
+    where there is one for its device and dtype.
 
     Raises ValueError for an unknown backend and RuntimeError when "cpu" or "cuda" was asked for and
     cannot be had.
@@ -88,3 +88,23 @@ def below_autograd() -> AbstractContextManager:
     if torch.compiler.is_compiling():
         return nullcontext()
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def mark_written(*tensors: torch.Tensor) -> None:
+    """Tell autograd that an op called below it wrote into `tensors`: using a stale one is an error.
+
+    Inference tensors have no version to raise.
+    """
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def refuse_second_derivative(backward_op: str) -> None:
+    """Differentiating a backward raises, where torch would warn and give no gradient."""
+
+    def refuse(ctx: object, *grads: object) -> None:
+        raise NotImplementedError(
+            f"hf_fuse: {backward_op} has no derivative (create_graph=True asks for second ones); "
+            'unpatch the model, or patch it with backend="reference"'
+        )
+
+    torch.library.register_autograd(f"hf_fuse::{backward_op}", refuse)

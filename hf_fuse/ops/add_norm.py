@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fuse.ops._library import below_autograd, no_autograd, on_load, use_kernel
+from hf_fuse.ops._library import (
+    below_autograd,
+    no_autograd,
+    on_load,
+    refuse_second_derivative,
+    use_kernel,
+)
 
 KINDS = ("rms", "layer")
 
@@ -238,3 +244,4 @@ def _register() -> None:
     torch.library.register_fake("hf_fuse::add_norm", _fake)
     torch.library.register_fake("hf_fuse::add_norm_backward", _fake_backward)
     torch.library.register_autograd("hf_fuse::add_norm", _backward, setup_context=_setup_context)
+    refuse_second_derivative("add_norm_backward")

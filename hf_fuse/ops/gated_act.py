@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fuse.ops._library import below_autograd, no_autograd, on_load, use_kernel
+from hf_fuse.ops._library import (
+    below_autograd,
+    no_autograd,
+    on_load,
+    refuse_second_derivative,
+    use_kernel,
+)
 from hf_fuse.ops.activations import REFERENCES, index_of
 
 
@@ -81,3 +87,4 @@ def _register() -> None:
     torch.library.register_fake("hf_fuse::gated_act", _fake)
     torch.library.register_fake("hf_fuse::gated_act_backward", _fake_backward)
     torch.library.register_autograd("hf_fuse::gated_act", _backward, setup_context=_setup_context)
+    refuse_second_derivative("gated_act_backward")

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_fuse.ops._library import below_autograd, no_autograd, on_load, use_kernel
+from hf_fuse.ops._library import (
+    below_autograd,
+    mark_written,
+    no_autograd,
+    on_load,
+    use_kernel,
+)
 
 
 def rotary(
@@ -54,6 +60,7 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "a
         return
     with below_autograd():
         torch.ops.hf_fuse.rotary_.default(q, k, cos, sin)
+    mark_written(q, k)
 
 
 def rotary_cache_(
@@ -91,6 +98,7 @@ def rotary_cache_(
         return
     with below_autograd():
         torch.ops.hf_fuse.rotary_cache_.default(q, k, v, cos, sin, key_cache, value_cache, length)
+    mark_written(q, key_cache, value_cache, length)
 
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

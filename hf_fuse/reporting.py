@@ -150,6 +150,8 @@ def build_report(model: nn.Module) -> Report:
 def _backend(module: nn.Module, state: Fused) -> str:
     parameter = next(module.parameters(), None)
     device = "cpu" if parameter is None else parameter.device.type
+    if device == "meta" and state.backend == "auto":
+        return "the kernels of the device its weights come to"
     if state.backend == "reference" or not jit.is_loaded(device):
         return f"the reference ({device})"
     return f"{device} kernels"

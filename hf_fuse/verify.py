@@ -36,7 +36,8 @@ def snapshot(backbone: nn.Module) -> Snapshot | None:
     """Run the check's input. None when there is nothing to run on (meta parameters)."""
     embeddings: Any = backbone.get_input_embeddings()  # type: ignore[operator]
     weight = embeddings.weight
-    if any(p.is_meta for p in backbone.parameters()) and not hasattr(backbone, "_hf_hook"):
+    offloaded = any(hasattr(m, "_hf_hook") for m in backbone.modules())  # accelerate brings them
+    if any(p.is_meta for p in backbone.parameters()) and not offloaded:
         return None
     device = torch.device("cpu") if weight.is_meta else weight.device
     generator = torch.Generator().manual_seed(0)

@@ -167,3 +167,23 @@ def test_accelerate_hooks(case: Case, order: str, device: str) -> None:
         if hasattr(module, "_old_forward"):
             assert module._old_forward.__func__ is type(module).forward
     assert torch.equal(logits(model, input_ids=ids), expected)
+
+
+@cases(PLAIN)
+def test_accelerate_offload(case: Case, device: str) -> None:
+    """The next layer's norm has no weights yet when a layer ends: it computes its own row."""
+    accelerate = pytest.importorskip("accelerate")
+    model = case.build(device=device)
+    ids = tokens_for(model, 2, 17)
+    expected = logits(model, input_ids=ids)
+    accelerate.cpu_offload(model, execution_device=torch.device(device))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    hf_fuse.patch(model)
+    with count_ops() as calls:
+        assert_same(logits(model, input_ids=ids), expected)
+    assert calls["hf_fuse::add_norm"] > 0
+    report = hf_fuse.report(model)
+    assert "relative difference" in report.verified
+    assert {m.backend for m in report.modules} == {"the kernels of the device its weights come to"}
+    hf_fuse.unpatch(model)
+    assert torch.equal(logits(model, input_ids=ids), expected)

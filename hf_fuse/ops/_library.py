@@ -93,8 +93,10 @@ def below_autograd() -> AbstractContextManager:
 def mark_written(*tensors: torch.Tensor) -> None:
     """Tell autograd that an op called below it wrote into `tensors`: using a stale one is an error.
 
-    Inference tensors have no version to raise.
+    Inference tensors have no version to raise; torch.compile knows from the schema.
     """
+    if torch.compiler.is_compiling():
+        return
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 

@@ -1,15 +1,17 @@
 """Bandwidth of each op against a ceiling measured in the same run, beside torch, torch.compile and
 liger-kernel: `python -m hf_fuse.eval.kernels --json FILE`, on a GPU.
 
-Every variant is checked against float64 before it is timed, captured in a CUDA graph and replayed
-in turns with the others; the median counts. Large cases rotate over inputs so that the L2 cache is
-cold; one-token cases run over the same input again and again, because in a decoding step the
-previous kernel has just written it.
+Every variant is checked against float64 before it is timed, then captured in a CUDA graph and
+replayed. The variants take turns, three rounds of them, each time alone and in fresh memory: where
+the buffers of four streams come to lie moves a kernel by up to 5 %. The median counts. Large cases
+rotate over inputs so that the L2 cache is cold; one-token cases run over the same input again and
+again, because in a decoding step the previous kernel has just written it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +32,7 @@ Variant = Callable[..., tuple[Tensor, ...]]
 
 EPS = 1e-5
 NORM_SHAPES = ((8192, 2560), (8192, 4096), (8192, 8192), (1, 2560), (1, 4096))
-WARM_REPLAYS, REPLAYS = 3, 25
+ROUNDS, WARM_REPLAYS, REPLAYS = 3, 3, 15
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def cases() -> list[Case]:
 
 
 def ceiling() -> float:
-    """Bytes per second, read and written, of a device copy of 2 GiB: the median of 25."""
+    """Bytes per second, read and written, of a device copy of 2 GiB: a median."""
     # Not in a graph: there a copy engine would do it, slower.
     source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
@@ -237,16 +239,11 @@ def ceiling() -> float:
     return 2 * source.numel() * source.element_size() / statistics.median(seconds[WARM_REPLAYS:])
 
 
-def time_variants(calls_of: dict[str, Callable[[], Any]], calls: int) -> dict[str, float]:
-    """Seconds of one call of each, `calls` of them in a CUDA graph, replayed in turns; medians."""
-    graphs = {name: _captured(call, calls) for name, call in calls_of.items()}
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(WARM_REPLAYS + REPLAYS):
-        for name, graph in graphs.items():
-            seconds = _timed(graph.replay) / calls
-            if turn >= WARM_REPLAYS:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+def time_alone(call: Callable[[], Any], calls: int) -> float:
+    """Seconds of one call, `calls` of them in a CUDA graph: the median over its replays."""
+    graph = _captured(call, calls)
+    seconds = [_timed(graph.replay) / calls for _ in range(WARM_REPLAYS + REPLAYS)]
+    return statistics.median(seconds[WARM_REPLAYS:])
 
 
 def _timed(run: Callable[[], Any]) -> float:
@@ -277,15 +274,22 @@ def measure(case: Case, bandwidth: float) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     large = case.num_tokens > 1
-    sets = [case.make() for _ in range(3 if large else 1)]
     prepare = _backward if case.direction == "backward" else _forward
-    errors = _errors(case, sets[0])
-    calls = {name: _rotating(prepare(variant, sets)) for name, variant in case.variants.items()}
-    # Many calls a graph: the first pays for what the variant before left unwritten in L2.
-    seconds = time_variants(calls, calls=30 if large else 200)
+    errors = _errors(case, case.make())
+    samples: dict[str, list[float]] = {name: [] for name in case.variants}
+    for _ in range(ROUNDS):
+        for name, variant in case.variants.items():
+            sets = [case.make() for _ in range(3 if large else 1)]
+            call = _rotating(prepare(variant, sets))
+            samples[name].append(time_alone(call, calls=10 if large else 200))
+            del sets, call
+            gc.collect()
+            torch.cuda.empty_cache()
+    seconds = {name: statistics.median(values) for name, values in samples.items()}
     row = {
         "case": case.label, "bytes": case.bytes, "error": errors,
         "us": {name: value * 1e6 for name, value in seconds.items()},
+        "us_by_round": {name: [v * 1e6 for v in values] for name, values in samples.items()},
         "gb_per_s": case.bytes / seconds["hf_fuse"] / 1e9,
         "share_of_ceiling": case.bytes / seconds["hf_fuse"] / bandwidth,
         "speedup": {n: v / seconds["hf_fuse"] for n, v in seconds.items() if n != "hf_fuse"},

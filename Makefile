@@ -31,7 +31,7 @@ style: setup
 
 # On a GPU: every op against its ceiling, torch, torch.compile and (if installed) liger-kernel.
 bench: setup
-	$(BIN)/python -m hf_fuse.eval.kernels --json results/kernels.json
+	$(BIN)/hf-fuse kernels --json results/kernels.json
 
 # Without a GPU: every CUDA source for the oldest and the newest supported architecture, warnings as errors.
 kernels-compile:

@@ -6,7 +6,7 @@ import importlib
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+import hf_fuse
 
 
 class UsageError(ValueError):
@@ -69,11 +71,11 @@ def peak_memory_bytes(device: torch.device | str) -> int:
 def versions() -> dict[str, str]:
     """Versions of Python and the packages a result depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("transformers", "hf_fuse"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found["transformers"] = metadata.version("transformers")
+    found["hf_fuse"] = hf_fuse.__version__
+    for peer in ("liger-kernel", "triton"):
+        with suppress(metadata.PackageNotFoundError):
+            found[peer] = metadata.version(peer)
     return found
 
 

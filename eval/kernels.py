@@ -1,5 +1,5 @@
 """Bandwidth of each op against a ceiling measured in the same run, beside torch, torch.compile and
-liger-kernel: `python -m hf_fuse.eval.kernels --json FILE`, on a GPU.
+liger-kernel: `hf-fuse kernels`, on a GPU. Without one, add_norm against eager mode on the CPU.
 
 Every variant is checked against float64 before it is timed, then captured in a CUDA graph and
 replayed. The variants take turns, three rounds of them, each time alone and in fresh memory: where
@@ -10,10 +10,10 @@ again, because in a decoding step the previous kernel has just written it.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_fuse import ops
+from hf_fuse.eval.environment import device_name
 from hf_fuse.eval.report import table, write_json
 from hf_fuse.ops.add_norm import reference as add_norm_reference
 from hf_fuse.ops.rotary import reference as rotary_reference
@@ -53,14 +54,22 @@ class Case:
         return f"{self.name} {self.direction} [{self.num_tokens}, {self.size}]"
 
 
-def norm_case(kind: str, tokens: int, size: int, deltas: int, norms: int, direction: str) -> Case:
+def norm_case(
+    kind: str,
+    tokens: int,
+    size: int,
+    deltas: int,
+    norms: int,
+    direction: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
     """add_norm with `deltas` + 1 inputs and `norms` norms."""
     bias = kind == "layer"
     inputs_end = 1 + deltas
 
     def make() -> list[Tensor]:
-        rows = [_randn(tokens, size) for _ in range(inputs_end)]
-        vectors = [_randn(size) for _ in range(norms * (2 if bias else 1))]
+        rows = [_randn(tokens, size, dtype=dtype) for _ in range(inputs_end)]
+        vectors = [_randn(size, dtype=dtype) for _ in range(norms * (2 if bias else 1))]
         return rows + vectors
 
     def split(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -87,14 +96,15 @@ def norm_case(kind: str, tokens: int, size: int, deltas: int, norms: int, direct
         return (residual, *normed) if deltas else tuple(normed)
 
     variants: dict[str, Variant] = {"hf_fuse": through(ops.add_norm), "torch": eager}
-    variants["torch.compile"] = torch.compile(eager, dynamic=False)
+    if torch.cuda.is_available():
+        variants["torch.compile"] = torch.compile(eager, dynamic=False)
     if kind == "rms":
         variants["eager"] = _hf_rms(split, deltas)
     else:
         variants["eager"] = eager
         del variants["torch"]
     variants |= _liger_norm(kind, deltas, norms)
-    rows = tokens * size * 2
+    rows = tokens * size * dtype.itemsize
     moved = inputs_end + bool(deltas) + norms  # read, written
     if direction == "backward":
         moved = bool(deltas) + norms + 1 + 1  # two kinds of gradient and the residual; one out
@@ -360,8 +370,60 @@ def _errors(case: Case, inputs: list[Tensor]) -> dict[str, float]:
     return found
 
 
-def _randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+def _randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+
+
+def measure_on_cpu() -> list[dict[str, Any]]:
+    """add_norm against the add and the norm module that it replaces, in turns; medians."""
+    rows = []
+    for tokens in (1, 512):
+        for kind in ("rms", "layer"):
+            for dtype in (torch.float32, torch.bfloat16):
+                case = norm_case(kind, tokens, 2560, 1, 1, "forward", dtype)
+                inputs = case.make()
+                errors = _errors(case, inputs)
+                module = torch.nn.LayerNorm(2560, EPS, dtype=dtype)
+                module.weight.data, module.bias.data = inputs[2], inputs[-1]
+                calls = {
+                    "hf_fuse": case.variants["hf_fuse"],
+                    "eager": case.variants["eager"] if kind == "rms" else _eager(module),
+                    "torch": case.variants.get("torch", case.variants["eager"]),
+                }
+                seconds = _in_turns({n: _forward(c, [inputs])[0] for n, c in calls.items()})
+                rows.append(
+                    {
+                        "case": f"{case.label} {str(dtype).removeprefix('torch.')}",
+                        "error": errors,
+                        "us": {name: value * 1e6 for name, value in seconds.items()},
+                        "gb_per_s": case.bytes / seconds["hf_fuse"] / 1e9,
+                        "share_of_ceiling": None,
+                        "speedup": {
+                            n: v / seconds["hf_fuse"] for n, v in seconds.items() if n != "hf_fuse"
+                        },
+                    }
+                )
+    return rows
+
+
+def _eager(module: torch.nn.Module) -> Variant:
+    def run(x: Tensor, delta: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        residual = delta + x
+        return residual, module(residual)
+
+    return run
+
+
+def _in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(WARM_REPLAYS + 40):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(20):
+                call()
+            if turn >= WARM_REPLAYS:
+                times[name].append((time.perf_counter() - start) / 20)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -372,7 +434,7 @@ def show(rows: list[dict[str, Any]]) -> str:
             r["case"],
             f"{r['us']['hf_fuse']:.2f}",
             f"{r['gb_per_s']:.0f}",
-            f"{100 * r['share_of_ceiling']:.1f}",
+            "" if r["share_of_ceiling"] is None else f"{100 * r['share_of_ceiling']:.1f}",
         ]
         + [f"{r['speedup'][n]:.2f}" if n in r["speedup"] else "" for n in names]
         for r in rows
@@ -380,33 +442,29 @@ def show(rows: list[dict[str, Any]]) -> str:
     return table(["case", "us", "GB/s", "% of copy", *(f"x vs {n}" for n in names)], lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every case, print the table and write the JSON."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="hf_fuse.eval.kernels", description=__doc__)
-    parser.add_argument("--json", help="file for the results")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("hf_fuse.eval.kernels needs a CUDA device", file=sys.stderr)
-        return 2
-    bandwidth = ceiling()
-    print(f"{torch.cuda.get_device_name()}: copy ceiling {bandwidth / 1e9:.0f} GB/s (read + write)")
-    rows: list[dict[str, Any]] = []
-    stream = torch.cuda.Stream()
-    for case in cases():
-        if options.only in case.label:
-            with torch.cuda.stream(stream):  # autograd replays on the stream of the forward
-                rows.append(measure(case, bandwidth))
-            print(show(rows[-1:]).splitlines()[-1], flush=True)
-    print(show(rows))
-    if options.json:
+def run(json_path: str | None, only: str, arguments: Sequence[str]) -> None:
+    """Measure, print the table and write the JSON. `only` selects cases by a part of their name."""
+    if torch.cuda.is_available():
+        bandwidth = ceiling()
+        print(f"{device_name('cuda')}: copy ceiling {bandwidth / 1e9:.0f} GB/s (read + write)")
+        stream = torch.cuda.Stream()
+        rows = []
+        with torch.cuda.stream(stream):  # autograd replays on the stream of the forward
+            for case in cases():
+                if only in case.label:
+                    rows.append(measure(case, bandwidth))
+                    print(f"  {case.label}", file=sys.stderr, flush=True)
         result = {"ceiling_bytes_per_s": bandwidth, "cases": rows}
-        write_json(
-            options.json, "kernels", result, device="cuda", arguments=["kernels", *arguments]
-        )
-    return 0
+    else:
+        result = {"cases": [row for row in measure_on_cpu() if only in row["case"]]}
+        print(device_name("cpu"))
+    print(show(result["cases"]))
+    if json_path:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        write_json(json_path, "kernels", result, device=device, arguments=arguments)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from hf_fuse.cli import main
+
+    raise SystemExit(main(["kernels", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The command line: `hf-fuse ppl | tpot | demo | doctor | supported`.
+"""The command line: `hf-fuse ppl | tpot | kernels | demo | doctor | supported`.
 
 What a user can mend (a wrong name, a missing file or package) is one line on stderr, exit code 2.
 """
@@ -124,6 +124,16 @@ def _supported(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _kernels(arguments: argparse.Namespace) -> int:
+    from hf_fuse.eval.kernels import run
+    from hf_fuse.eval.report import prepare_output
+
+    if arguments.json:
+        prepare_output(arguments.json)
+    run(arguments.json, arguments.only, arguments.given)
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is one --help away."""
 
@@ -142,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     _count(ppl, "--batch-size", 4, "windows a forward pass")
     _count(ppl, "--max-tokens", None, "use only the first N tokens of the text")
     ppl.add_argument("--no-reference", action="store_true", help="skip the fp32 reference")
+
+    kernels = _command(commands, "kernels", _kernels, "each op against its ceiling and its peers")
+    kernels.add_argument("--json", metavar="FILE", help="write the results with their provenance")
+    kernels.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
 
     tpot = _command(commands, "tpot", _tpot, "time to first token and time per output token")
     _model_options(tpot)

@@ -51,7 +51,7 @@ class Carried:
     def __init__(
         self,
         norms: tuple[nn.Module, ...] = (),
-        rows: tuple[Tensor, ...] = (),
+        rows: Any = (),
         version: int | None = None,
     ):
         self.norms, self.rows, self.version = list(norms), list(rows), version
@@ -89,20 +89,20 @@ def carry(
     if reason:
         fused.notes[reason] += 1
         return x if not deltas else (deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]) + x
-    first, second = norms[0], norms[1] if len(norms) == 2 else None
-    residual, row, row2 = ops.add_norm(
+    weight, bias = norms[0].row_parameters()
+    weight2, bias2 = norms[1].row_parameters() if len(norms) == 2 else (None, None)
+    residual, *rows = ops.add_norm(
         x,
-        first.weight,
-        first.norm_bias,
-        eps=first.norm_eps,
-        kind=first.kind,
+        weight,
+        bias,
+        eps=norms[0].norm_eps,
+        kind=norms[0].kind,
         deltas=deltas,
-        weight2=None if second is None else second.weight,
-        bias2=None if second is None else second.norm_bias,
+        weight2=weight2,
+        bias2=bias2,
         backend=fused.backend,
     )
-    rows = (row,) if row2 is None else (row, row2)
-    setattr(residual, _CARRIED, Carried(norms, rows, _version(residual)))
+    setattr(residual, _CARRIED, Carried(norms, rows[: len(norms)], _version(residual)))
     return residual
 
 
@@ -175,24 +175,25 @@ def refusal(norms: tuple[Any, ...], x: Tensor) -> str | None:
     """Why `norms` of a tensor like `x` cannot be fused, or None."""
     if not norms:
         return "no fused norm reads this sum"
+    dtype, device, shape = x.dtype, x.device, x.shape[-1:]
     for norm in norms:
         if not isinstance(norm, FusedNorm):
             return f"{type(norm).__name__} is not a fused norm"
-        for tensor in (norm.weight, getattr(norm, "bias", None)):
-            if tensor is None:
-                continue
+        weight, bias = norm.row_parameters()
+        if weight is None:
+            return "the norm has no weight"
+        for tensor in (weight,) if bias is None else (weight, bias):
             if type(tensor) not in (nn.Parameter, Tensor):
                 return f"the norm's weight is a {type(tensor).__name__}"
-            if tensor.device != x.device or tensor.dtype != x.dtype or tensor.shape != x.shape[-1:]:
+            if tensor.dtype is not dtype or tensor.device != device or tensor.shape != shape:
                 return "the norm's weight and its input differ in device, dtype or size"
-        if norm.weight is None:
-            return "the norm has no weight"
-        if norm.norm_eps != norms[0].norm_eps or norm.kind != norms[0].kind:
-            return "the norms of one row differ in kind or eps"
+    first, last = norms[0], norms[-1]
+    if first is not last and (first.norm_eps != last.norm_eps or first.kind != last.kind):
+        return "the norms of one row differ in kind or eps"
     if (
-        x.dtype != torch.float32
-        and norms[0].kind == "layer"
-        and torch.is_autocast_enabled(x.device.type)
+        dtype is not torch.float32
+        and first.kind == "layer"
+        and torch.is_autocast_enabled(device.type)
     ):
         return "autocast computes this LayerNorm in float32"
     return None
@@ -205,8 +206,10 @@ class FusedNorm(nn.Module):
 
     kind: str
     norm_eps: float
-    norm_bias: Tensor | None = None
-    weight: Tensor
+
+    def row_parameters(self) -> tuple[Any, Tensor | None]:
+        """Weight and bias; read from where a module keeps them, which is quicker than by name."""
+        return self._parameters.get("weight"), self._parameters.get("bias")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if step_aside():
@@ -219,17 +222,13 @@ class FusedNorm(nn.Module):
         if reason:
             fused.notes[reason] += 1
             return super().forward(hidden_states)
+        weight, bias = self.row_parameters()
         return ops.add_norm(
-            hidden_states,
-            self.weight,
-            self.norm_bias,
-            eps=self.norm_eps,
-            kind=self.kind,
-            backend=fused.backend,
+            hidden_states, weight, bias, eps=self.norm_eps, kind=self.kind, backend=fused.backend
         )[1]
 
 
-class FusedLayerNorm(FusedNorm, nn.LayerNorm):  # type: ignore[misc]
+class FusedLayerNorm(FusedNorm, nn.LayerNorm):
     """nn.LayerNorm over the last dimension."""
 
     kind = "layer"
@@ -237,10 +236,6 @@ class FusedLayerNorm(FusedNorm, nn.LayerNorm):  # type: ignore[misc]
     @property
     def norm_eps(self) -> float:  # type: ignore[override]
         return self.eps
-
-    @property
-    def norm_bias(self) -> Tensor | None:  # type: ignore[override]
-        return self.bias
 
 
 def rotate_and_cache(

@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 
 from hf_fuse.ops._library import (
-    below_autograd,
+    call_below_autograd,
     no_autograd,
     on_load,
     refuse_second_derivative,
     use_kernel,
 )
-
-KINDS = ("rms", "layer")
 
 
 def add_norm(
@@ -53,28 +51,24 @@ def add_norm(
     RuntimeError (naming the tensor, what was expected and what came) for shapes, dtypes and devices
     that do not fit.
     """
-    if kind not in KINDS:
+    rms = kind == "rms"
+    if not rms and kind != "layer":
         raise ValueError(f"hf_fuse add_norm: kind must be 'rms' or 'layer', got {kind!r}")
     if len(deltas) > 2:
         raise ValueError(f"hf_fuse add_norm: at most 2 deltas, got {len(deltas)}")
-    delta1 = deltas[0] if deltas else None
-    delta2 = deltas[1] if len(deltas) == 2 else None
-    rms = kind == "rms"
+    delta1, delta2 = (*deltas, None, None)[:2]
     if not use_kernel(x, backend):
         check(x, delta1, delta2, weight, bias, weight2, bias2, rms)
         return reference(
             x, weight, bias, eps=eps, kind=kind, deltas=deltas, weight2=weight2, bias2=bias2
         )
+    stats = not no_autograd(x, delta1, delta2, weight, bias, weight2, bias2)
+    arguments = (x, delta1, delta2, weight, bias, weight2, bias2, eps, rms, stats)
     op = torch.ops.hf_fuse.add_norm.default
-    if no_autograd(x, delta1, delta2, weight, bias, weight2, bias2):
-        with below_autograd():
-            residual, normed, normed2, _, _ = op(
-                x, delta1, delta2, weight, bias, weight2, bias2, eps, rms, False
-            )
+    if stats:
+        residual, normed, normed2, _, _ = op(*arguments)
     else:
-        residual, normed, normed2, _, _ = op(
-            x, delta1, delta2, weight, bias, weight2, bias2, eps, rms, True
-        )
+        residual, normed, normed2, _, _ = call_below_autograd(op, *arguments)
     return (x if delta1 is None else residual), normed, normed2
 
 

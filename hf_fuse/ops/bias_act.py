@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse.ops._library import (
-    below_autograd,
+    call_below_autograd,
     no_autograd,
     on_load,
     refuse_second_derivative,
@@ -38,8 +38,7 @@ def bias_act(x: Tensor, bias: Tensor | None, act: str, *, backend: str = "auto")
         return reference(x, bias, act)
     op = torch.ops.hf_fuse.bias_act.default
     if no_autograd(x, bias):
-        with below_autograd():
-            return op(x, bias, number)
+        return call_below_autograd(op, x, bias, number)
     return op(x, bias, number)
 
 

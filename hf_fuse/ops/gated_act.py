@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse.ops._library import (
-    below_autograd,
+    call_below_autograd,
     no_autograd,
     on_load,
     refuse_second_derivative,
@@ -37,8 +37,7 @@ def gated_act(gate: Tensor, up: Tensor, act: str, *, backend: str = "auto") -> T
         return reference(gate, up, act)
     op = torch.ops.hf_fuse.gated_act.default
     if no_autograd(gate, up):
-        with below_autograd():
-            return op(gate, up, number)
+        return call_below_autograd(op, gate, up, number)
     return op(gate, up, number)
 
 

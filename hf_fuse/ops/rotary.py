@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse.ops._library import (
-    below_autograd,
+    call_below_autograd,
     mark_written,
     no_autograd,
     on_load,
@@ -42,8 +42,7 @@ def rotary(
         return reference(q, k, cos, sin)
     op = torch.ops.hf_fuse.rotary.default
     if no_autograd(q, k):
-        with below_autograd():
-            return op(q, k, cos, sin, False)
+        return call_below_autograd(op, q, k, cos, sin, False)
     return op(q, k, cos, sin, False)
 
 
@@ -58,8 +57,7 @@ def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "a
         q.copy_(q_new)
         k.copy_(k_new)
         return
-    with below_autograd():
-        torch.ops.hf_fuse.rotary_.default(q, k, cos, sin)
+    call_below_autograd(torch.ops.hf_fuse.rotary_.default, q, k, cos, sin)
     mark_written(q, k)
 
 
@@ -96,8 +94,9 @@ def rotary_cache_(
         value_cache.index_copy_(2, positions, v)
         length.add_(k.shape[2])
         return
-    with below_autograd():
-        torch.ops.hf_fuse.rotary_cache_.default(q, k, v, cos, sin, key_cache, value_cache, length)
+    call_below_autograd(
+        torch.ops.hf_fuse.rotary_cache_.default, q, k, v, cos, sin, key_cache, value_cache, length
+    )
     mark_written(q, key_cache, value_cache, length)
 
 

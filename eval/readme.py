@@ -1,0 +1,91 @@
+"""The README's tables, made from the results. `python -m hf_fuse.eval.readme`, in a clone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results"
+
+
+def demo_section() -> str:
+    """What the demo printed, from demo-cpu.json."""
+    result = _load("demo-cpu.json")
+    head = [
+        "model", "parameters", "perplexity", "patched", "greedy tokens", "TPOT ms", "patched", "×",
+    ]  # fmt: skip
+    rows = [
+        [
+            row["model"],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['perplexity']['unpatched']['perplexity']:.3f}",
+            f"{row['perplexity']['patched']['perplexity']:.3f}",
+            "identical" if row["decode"]["identical"] else "differ",
+            f"{row['decode']['unpatched']['tpot_ms']['p50']:.2f}",
+            f"{row['decode']['patched']['tpot_ms']['p50']:.2f}",
+            f"{row['decode']['speedup']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return _markdown(head, rows)
+
+
+def kernels_section() -> str:
+    """The ops on the GPU and on the CPU, from kernels-h200.json and kernels-cpu.json."""
+    gpu, cpu = _load("kernels-h200.json"), _load("kernels-cpu.json")
+    ceiling = gpu["ceiling_bytes_per_s"] / 1e12
+    peers = ["eager", "torch", "torch.compile", "liger"]
+    rows = [
+        [
+            row["case"],
+            f"{row['us']['hf_fuse']:.2f}",
+            f"{100 * row['share_of_ceiling']:.0f} %" if " [1, " not in row["case"] else "",
+            *(f"{row['speedup'][p]:.2f}" if p in row["speedup"] else "" for p in peers),
+        ]
+        for row in gpu["cases"]
+    ]
+    cpu_rows = [
+        [row["case"], *(f"{row['speedup'][p]:.2f}" for p in ("eager", "torch"))]
+        for row in cpu["cases"]
+    ]
+    liger = gpu["versions"].get("liger-kernel", "")
+    return "\n\n".join(
+        [
+            f"Each op in a CUDA graph, measured on an {gpu['device']} (torch "
+            f"{gpu['versions']['torch']}, bf16, {gpu['date'][:10]}; copy ceiling of the same run "
+            f"{ceiling:.2f} TB/s). × is the other's time over ours: below 1.00 the other is "
+            f"faster. eager is what transformers runs; liger is liger-kernel {liger}.",
+            _markdown(["op", "µs", "of the ceiling", *(f"× {p}" for p in peers)], rows),
+            "On two CPU cores, ratios of one run (eager: the add and the norm module):",
+            _markdown(["op", "× eager", "× torch's functions"], cpu_rows),
+        ]
+    )
+
+
+SECTIONS = {"demo": demo_section, "kernels": kernels_section}
+
+
+def rewritten(text: str) -> str:
+    """`text` with what stands between each pair of markers made anew."""
+    for name, section in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        made = section()
+        text = re.sub(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def _load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rewritten(readme.read_text(encoding="utf-8")), encoding="utf-8")

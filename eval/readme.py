@@ -21,8 +21,8 @@ def demo_section() -> str:
         [
             row["model"],
             f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['perplexity']['unpatched']['perplexity']:.3f}",
-            f"{row['perplexity']['patched']['perplexity']:.3f}",
+            f"{row['perplexity']['perplexity_unpatched']:.3f}",
+            f"{row['perplexity']['perplexity_patched']:.3f}",
             "identical" if row["decode"]["identical"] else "differ",
             f"{row['decode']['unpatched']['tpot_ms']['p50']:.2f}",
             f"{row['decode']['patched']['tpot_ms']['p50']:.2f}",

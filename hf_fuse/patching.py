@@ -41,17 +41,14 @@ def patch(
     """Put `model` on fused kernels, in place, and return it.
 
     ops: which ops to use, of "add_norm", "rotary", "gated_act", "bias_act"; None for all that the
-        architecture has.
+        architecture has. Naming only ops it cannot use is an UnsupportedModelError.
     backend: "auto" takes the kernels of the device each tensor is on, or the plain-torch reference
-        where they could not
-        be built (with one warning); "cuda" and "cpu" insist on those kernels; "reference" runs the
-        reference.
+        where they could not be built (with one warning); "cuda" and "cpu" insist on those kernels;
+        "reference" runs the reference.
     strict: raise UnsupportedModelError for a model, or a part, that is not supported; False leaves
-        it as it is, and the
-        report says so.
+        it as it is, and the report says so.
     verify: run a small input through the model before and after, and raise VerificationError, with
-        the model as it was,
-        when they disagree by more than its dtype explains.
+        the model as it was, when they disagree by more than its dtype explains.
 
     The model may be any transformers model with a supported backbone inside: bare, with a task
     head, wrapped by PEFT or by torch.compile (which then recompiles). Patching again with the same

@@ -88,7 +88,7 @@ def carry(
     reason = reason or refusal(norms, x) or _unseen_writes(x, *norms)
     if reason:
         fused.notes[reason] += 1
-        return x if not deltas else (deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]) + x
+        return _sum(deltas) + x if deltas else x
     weight, bias = norms[0].row_parameters()
     weight2, bias2 = norms[1].row_parameters() if len(norms) == 2 else (None, None)
     residual, *rows = ops.add_norm(
@@ -142,11 +142,16 @@ def take(norm: nn.Module, x: Tensor) -> Tensor | None:
     return None
 
 
+def _sum(deltas: tuple[Tensor, ...]) -> Tensor:
+    """One or two branches, in the order and dtype in which transformers adds them."""
+    return deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]
+
+
 def _one_dtype(x: Tensor, deltas: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Under autocast the branches are narrower than the stream; promote as `+` would."""
     if all(d.dtype == x.dtype for d in deltas):
         return x, deltas
-    delta = deltas[0] + deltas[1] if len(deltas) == 2 else deltas[0]
+    delta = _sum(deltas)
     dtype = torch.promote_types(delta.dtype, x.dtype)
     return x.to(dtype), (delta.to(dtype),)
 

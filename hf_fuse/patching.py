@@ -61,7 +61,7 @@ def patch(
     if _already(backbones, names, backend):
         return model
     _prepare_kernels(backbones, backend)
-    earlier = [(m, m.__dict__[RECORD]) for m in model.modules() if RECORD in m.__dict__]
+    earlier = _records(model)
     unpatch(model)
     try:
         before = {id(b): snapshot(b) for b in backbones} if verify else {}
@@ -95,7 +95,7 @@ def patched(model: Model, **arguments: object) -> Iterator[Model]:
     """`with patched(model):` patches for the block. A model that was patched before comes out
     patched as before.
     """
-    earlier = [(m, m.__dict__[RECORD]) for m in model.modules() if RECORD in m.__dict__]
+    earlier = _records(model)
     patch(model, **arguments)  # type: ignore[arg-type]
     try:
         yield model
@@ -106,7 +106,7 @@ def patched(model: Model, **arguments: object) -> Iterator[Model]:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether any part of `model` is patched."""
-    return any(RECORD in module.__dict__ for module in model.modules())
+    return bool(_records(model))
 
 
 def report(model: nn.Module) -> Report:
@@ -166,8 +166,7 @@ def _backbones(model: nn.Module, names: frozenset[str], strict: bool) -> list[nn
         known = ", ".join(f"{a.model_type} ({a.backbone.__name__})" for a in ARCHITECTURES)
         raise UnsupportedModelError(
             f"hf_fuse.patch: {type(model).__name__} holds no backbone that hf_fuse knows. Known: "
-            f"{known}, "
-            "each with every task head."
+            f"{known}, each with every task head."
         )
     return found
 
@@ -213,6 +212,11 @@ def _patch_backbone(
     backbone.__dict__[RECORD] = record
 
 
+def _records(model: nn.Module) -> list[tuple[nn.Module, PatchRecord]]:
+    """The patched backbones in `model`, with what each was patched with."""
+    return [(m, m.__dict__[RECORD]) for m in model.modules() if RECORD in m.__dict__]
+
+
 def _patch_again(earlier: list[tuple[nn.Module, PatchRecord]]) -> None:
     """Put a patch that was taken off back on, as it was recorded."""
     for backbone, record in earlier:
@@ -243,7 +247,7 @@ def _refuse_wrapped(module: nn.Module) -> None:
     if wrapped:
         raise RuntimeError(
             f"hf_fuse.unpatch: {type(module).__qualname__} was made from a patched layer (by "
-            f"FSDP2, say); undo that first"
+            "FSDP2, say); undo that first"
         )
 
 

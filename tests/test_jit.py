@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,21 @@ def test_key_names_all_that_the_binary_depends_on(
     keys.append(jit.plan("cpu").key)
     monkeypatch.setattr(torch, "__version__", "2.99")
     keys.append(jit.plan("cpu").key)
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: "another python")
+    keys.append(jit.plan("cpu").key)
     assert len(set(keys)) == len(keys)
+
+
+def test_without_pythons_headers_calls_go_through_the_dispatcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_headers = jit.plan("cpu")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    without = jit.plan("cpu")
+    assert set(with_headers.sources) - set(without.sources) == {jit.SOURCES / "direct.cpp"}
+    assert with_headers.key != without.key
+    lines = {check.name: check.detail for check in jit.doctor(build=False)}
+    assert lines["python headers"].startswith("not found")
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-// add_norm on CPU: a row is summed into fp32 scratch that stays in L1, so memory sees each input
-// once and each output once. Statistics are two-pass over that scratch (the mean, then the centred
-// sum of squares), so a row with mean 1e4 and standard deviation 1 keeps its variance.
+// add_norm on CPU: a row's sum is written to the residual stream and read again from there, out of
+// the cache, so memory sees each input once and each output once. (A second copy in fp32 would push
+// the row out of L1.) LayerNorm's statistics are two-pass (the mean, then the centred sum of
+// squares), so a row with mean 1e4 and standard deviation 1 keeps its variance.
 #include "cpu_vec.h"
 
 namespace hf_fuse {
@@ -20,9 +21,10 @@ A sum_over(int64_t n, const Body& body) {
   return sum_lanes<A>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// row = the residual as the model dtype holds it, zero-padded to whole vectors; returns its sum.
-template <typename T, int kInputs>
-acc_t<T> sum_inputs(const AddNormForward& p, int64_t token, acc_t<T>* row) {
+// residual = the sum as the model dtype holds it. Returns what the statistics begin with: the sum
+// of the row, or for RMSNorm of its squares.
+template <typename T, int kInputs, bool kRms>
+acc_t<T> sum_inputs(const AddNormForward& p, int64_t token) {
   using A = acc_t<T>;
   const T* x = at<T>(p.x, token * p.x_stride);
   const T* delta1 = at<T>(p.delta1, token * p.delta1_stride);
@@ -34,29 +36,34 @@ acc_t<T> sum_inputs(const AddNormForward& p, int64_t token, acc_t<T>* row) {
       vec<A> delta = load_vec(delta1 + i, left);
       if constexpr (kInputs > 2) delta = round_vec<T>(delta + load_vec(delta2 + i, left));
       v = round_vec<T>(delta + v);
-      store_vec<T>(v, residual + i, left);
+      store_vec<T, true>(v, residual + i, left);
     }
-    store_vec<A>(v, row + i);
-    return v;
+    return kRms ? v * v : v;
   });
 }
 
-template <typename A>
-A sum_of_squares(A* row, A shift, int64_t n) {
-  const int64_t padded = (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-  for (int64_t i = n; i < padded; ++i) row[i] = shift;  // the padding counts for nothing
-  return sum_over<A>(padded, [&](int64_t i, int64_t) {
-    const vec<A> centred = load_vec(row + i) - shift;
+template <typename T, bool kRms>
+auto sum_inputs_of(const AddNormForward& p) {
+  if (p.delta2) return sum_inputs<T, 3, kRms>;
+  return p.delta1 ? sum_inputs<T, 2, kRms> : sum_inputs<T, 1, kRms>;
+}
+
+template <typename T>
+acc_t<T> centred_squares(const T* row, acc_t<T> mean, int64_t n) {
+  using A = acc_t<T>;
+  return sum_over<A>(n, [&](int64_t i, int64_t left) {
+    vec<A> centred = load_vec(row + i, left) - mean;
+    for (int64_t lane = left; lane < kLanes<A>; ++lane) centred[lane] = 0;
     return centred * centred;
   });
 }
 
 template <typename T, bool kRms, bool kBias>
-void write_normed(const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const T* weight, const T* bias,
+void write_normed(const T* row, acc_t<T> mean, acc_t<T> rstd, const T* weight, const T* bias,
                   T* dst, int64_t n) {
   using A = acc_t<T>;
   for_each_vec<A>(n, [&](int64_t i, int64_t left) {
-    vec<A> v = load_vec(row + i);
+    vec<A> v = load_vec(row + i, left);
     if constexpr (kRms) {
       v = round_vec<T>(v * rstd) * load_vec(weight + i, left);
     } else {
@@ -68,7 +75,7 @@ void write_normed(const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd, const T* we
 }
 
 template <typename T>
-void write_normed(const AddNormForward& p, const acc_t<T>* row, acc_t<T> mean, acc_t<T> rstd,
+void write_normed(const AddNormForward& p, const T* row, acc_t<T> mean, acc_t<T> rstd,
                   const void* weight_ptr, const void* bias_ptr, T* dst) {
   const T* weight = static_cast<const T*>(weight_ptr);
   const T* bias = static_cast<const T*>(bias_ptr);
@@ -81,13 +88,13 @@ template <typename T>
 void forward_rows(const AddNormForward& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t n = p.hidden_size;
-  A* row = scratch<A>(0, n + kLanes<A>);
+  const auto sum_row = p.rms ? sum_inputs_of<T, true>(p) : sum_inputs_of<T, false>(p);
   for (int64_t token = begin; token < end; ++token) {
-    const A sum = p.delta2   ? sum_inputs<T, 3>(p, token, row)
-                  : p.delta1 ? sum_inputs<T, 2>(p, token, row)
-                             : sum_inputs<T, 1>(p, token, row);
+    const A sum = sum_row(p, token);
+    const T* row = p.delta1 ? at<T>(p.residual, token * n) : at<T>(p.x, token * p.x_stride);
     const A mean = p.rms ? A(0) : sum / n;
-    const A rstd = 1 / std::sqrt(sum_of_squares(row, mean, n) / n + static_cast<A>(p.eps));
+    const A squares = p.rms ? sum : centred_squares(row, mean, n);
+    const A rstd = 1 / std::sqrt(squares / n + static_cast<A>(p.eps));
     if (p.mean) *at<A>(p.mean, token) = mean;
     if (p.rstd) *at<A>(p.rstd, token) = rstd;
     write_normed<T>(p, row, mean, rstd, p.weight1, p.bias1, at<T>(p.normed1, token * n));

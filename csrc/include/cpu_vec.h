@@ -12,7 +12,7 @@
 
 namespace hf_fuse {
 
-#if defined(__AVX512F__) && defined(HF_FUSE_AVX2)
+#if defined(__AVX512BW__) && defined(HF_FUSE_AVX2)
 #define HF_FUSE_AVX512
 constexpr int64_t kVecBytes = 64;
 #elif defined(HF_FUSE_AVX2)
@@ -40,15 +40,29 @@ vec<A> broadcast(A value) {
 }
 
 #if defined(HF_FUSE_AVX512)
-inline bits32_vec widen(bits16_vec v) { return (bits32_vec)_mm512_cvtepu16_epi32((__m256i)v); }
-inline bits16_vec narrow(bits32_vec v) { return (bits16_vec)_mm512_cvtepi32_epi16((__m512i)v); }
+// One permutation each; a conversion and a shift are three instructions.
+inline bits32_vec to_upper_half(bits16_vec v) {
+  alignas(64) static constexpr uint16_t kFrom[32] = {0, 0,  0, 1,  0, 2,  0, 3,  0, 4, 0,
+                                                     5, 0,  6, 0,  7, 0,  8, 0,  9, 0, 10,
+                                                     0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  return (bits32_vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_load_si512(kFrom),
+                                                    _mm512_castsi256_si512((__m256i)v));
+}
+inline bits16_vec upper_half(bits32_vec v) {
+  alignas(64) static constexpr uint16_t kFrom[32] = {1,  3,  5,  7,  9,  11, 13, 15,
+                                                     17, 19, 21, 23, 25, 27, 29, 31};
+  return (bits16_vec)_mm512_castsi512_si256(
+      _mm512_permutexvar_epi16(_mm512_load_si512(kFrom), (__m512i)v));
+}
 inline vec<float> from_half(bits16_vec v) { return (vec<float>)_mm512_cvtph_ps((__m256i)v); }
 inline bits16_vec to_half(vec<float> v) {
   return (bits16_vec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-inline bits32_vec widen(bits16_vec v) { return __builtin_convertvector(v, bits32_vec); }
-inline bits16_vec narrow(bits32_vec v) { return __builtin_convertvector(v, bits16_vec); }
+inline bits32_vec to_upper_half(bits16_vec v) {
+  return __builtin_convertvector(v, bits32_vec) << 16;
+}
+inline bits16_vec upper_half(bits32_vec v) { return __builtin_convertvector(v >> 16, bits16_vec); }
 #if defined(HF_FUSE_AVX2)
 inline vec<float> from_half(bits16_vec v) { return (vec<float>)_mm256_cvtph_ps((__m128i)v); }
 inline bits16_vec to_half(vec<float> v) {
@@ -100,11 +114,12 @@ vec<acc_t<T>> load_vec(const T* src) {
     bits16_vec bits;
     std::memcpy(&bits, src, sizeof bits);
     if constexpr (std::is_same_v<T, Half>) return from_half(bits);
-    return (vec<float>)(widen(bits) << 16);
+    return (vec<float>)to_upper_half(bits);
   }
 }
 
-template <typename T>
+// kRounded: v came out of round_vec.
+template <typename T, bool kRounded = false>
 void store_vec(vec<acc_t<T>> v, T* dst) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     std::memcpy(dst, &v, sizeof v);
@@ -113,7 +128,7 @@ void store_vec(vec<acc_t<T>> v, T* dst) {
     if constexpr (std::is_same_v<T, Half>)
       bits = to_half(v);
     else
-      bits = narrow(bfloat16_bits(v) >> 16);
+      bits = upper_half(kRounded ? (bits32_vec)v : bfloat16_bits(v));
     std::memcpy(dst, &bits, sizeof bits);
   }
 }
@@ -135,9 +150,9 @@ vec<acc_t<T>> load_vec(const T* src, int64_t n) {
   return load_vec<T>(lanes);
 }
 
-template <typename T>
+template <typename T, bool kRounded = false>
 void store_vec(vec<acc_t<T>> v, T* dst, int64_t n) {
-  if (n >= kLanes<acc_t<T>>) return store_vec<T>(v, dst);
+  if (n >= kLanes<acc_t<T>>) return store_vec<T, kRounded>(v, dst);
   T lanes[kLanes<acc_t<T>>];
   store_vec<T>(v, lanes);
   std::memcpy(dst, lanes, n * sizeof(T));

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from hf_fuse import jit
 from hf_fuse.ops._library import (
     call_below_autograd,
     no_autograd,
@@ -51,6 +53,10 @@ def add_norm(
     RuntimeError (naming the tensor, what was expected and what came) for shapes, dtypes and devices
     that do not fit.
     """
+    if jit.direct is not None and backend in ("auto", "cpu") and not is_compiling():
+        rows = jit.direct.add_norm(x, deltas, weight, bias, weight2, bias2, eps, kind)
+        if rows is not None:
+            return rows
     rms = kind == "rms"
     if not rms and kind != "layer":
         raise ValueError(f"hf_fuse add_norm: kind must be 'rms' or 'layer', got {kind!r}")

@@ -171,9 +171,9 @@ def _import(library: Path) -> ModuleType:
 def plan(backend: str) -> Build:
     """What `load(backend)` would build. Raises BuildError when a tool is missing."""
     extra_cxx = tuple(os.environ.get("HF_FUSE_CXX_FLAGS", "").split())
-    bindings = SOURCES / "bindings.cpp"
+    bindings = sorted(SOURCES.glob("*bindings.cpp"))
     if backend == "cpu":
-        sources = (bindings, *sorted((SOURCES / "cpu").glob("*.cpp")))
+        sources = (*bindings, *sorted((SOURCES / "cpu").glob("*.cpp")))
         if _python_headers():
             sources = (SOURCES / DIRECT, *sources)  # first: it takes the longest
         return Build("cpu", sources, CXX_FLAGS + extra_cxx, (), (_version_of(*_cxx()),))
@@ -186,7 +186,7 @@ def plan(backend: str) -> Build:
     prelude = f"#define HF_FUSE_HIDDEN_SIZES {sizes}\n"  # nvcc splits a -D at its commas
     cuda_flags = (*NVCC_FLAGS, *_gencode(), *extra_nvcc)
     cflags = (*CXX_FLAGS, "-DHF_FUSE_CUDA", "-DUSE_CUDA", *extra_cxx)
-    sources = (bindings, *sorted((SOURCES / "cuda").glob("*.cu")))
+    sources = (*bindings, *sorted((SOURCES / "cuda").glob("*.cu")))
     compilers = (_version_of(*_cxx()), _version_of(_nvcc()))
     return Build("cuda", sources, cflags, cuda_flags, compilers, prelude)
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import nn
 
 from hf_fuse import jit, ops
+from hf_fuse.decode.loop import forget
 from hf_fuse.modules import STATE, Fused, state_of
 from hf_fuse.ops._library import BACKENDS, kernels
 from hf_fuse.patches import ARCHITECTURES, BY_BACKBONE
@@ -40,8 +41,9 @@ def patch(
 ) -> Model:
     """Put `model` on fused kernels, in place, and return it.
 
-    ops: which ops to use, of "add_norm", "rotary", "gated_act", "bias_act"; None for all that the
-        architecture has. Naming only ops it cannot use is an UnsupportedModelError.
+    ops: which ops to use, of "add_norm", "rotary", "gated_act", "bias_act", and "decode" for the
+        decode engine under `generate`; None for all that the architecture has. Naming only ops it
+        cannot use is an UnsupportedModelError.
     backend: "auto" takes the kernels of the device each tensor is on, or the plain-torch reference
         where they could not be built (with one warning); "cuda" and "cpu" insist on those kernels;
         "reference" runs the reference.
@@ -66,12 +68,12 @@ def patch(
     try:
         before = {id(b): snapshot(b) for b in backbones} if verify else {}
         for backbone in backbones:
-            _patch_backbone(backbone, BY_BACKBONE[type(backbone)], names, backend)
+            _patch_backbone(model, backbone, BY_BACKBONE[type(backbone)], names, backend)
             if verify:
                 _verify(backbone, before[id(backbone)])
     except BaseException:
         unpatch(model)
-        _patch_again(earlier)
+        _patch_again(model, earlier)
         raise
     return model
 
@@ -84,6 +86,7 @@ def unpatch(model: Model) -> Model:
     for module in swapped:
         _refuse_wrapped(module)
     for module in swapped:
+        forget(module)
         _restore(module)
     for module in model.modules():
         module.__dict__.pop(RECORD, None)
@@ -101,7 +104,7 @@ def patched(model: Model, **arguments: object) -> Iterator[Model]:
         yield model
     finally:
         unpatch(model)
-        _patch_again(earlier)
+        _patch_again(model, earlier)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -196,10 +199,15 @@ def _prepare_kernels(backbones: list[nn.Module], backend: str) -> None:
 
 
 def _patch_backbone(
-    backbone: nn.Module, architecture: Architecture, names: frozenset[str], backend: str
+    model: nn.Module,
+    backbone: nn.Module,
+    architecture: Architecture,
+    names: frozenset[str],
+    backend: str,
 ) -> None:
     record = PatchRecord(architecture.model_type, tuple(sorted(names)), backend)
-    for name, module in backbone.named_modules():
+    owners = ((n, m) for n, m in model.named_modules() if backbone in m.children())
+    for name, module in (*owners, *backbone.named_modules()):
         for swap in architecture.swaps:
             if type(module) is not swap.original:
                 continue
@@ -217,11 +225,11 @@ def _records(model: nn.Module) -> list[tuple[nn.Module, PatchRecord]]:
     return [(m, m.__dict__[RECORD]) for m in model.modules() if RECORD in m.__dict__]
 
 
-def _patch_again(earlier: list[tuple[nn.Module, PatchRecord]]) -> None:
+def _patch_again(model: nn.Module, earlier: list[tuple[nn.Module, PatchRecord]]) -> None:
     """Put a patch that was taken off back on, as it was recorded."""
     for backbone, record in earlier:
         architecture = BY_BACKBONE[type(backbone)]
-        _patch_backbone(backbone, architecture, frozenset(record.ops), record.backend)
+        _patch_backbone(model, backbone, architecture, frozenset(record.ops), record.backend)
         backbone.__dict__[RECORD] = record
 
 

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
 from hf_fuse import ops
+from hf_fuse.decode import spec
+from hf_fuse.decode.loop import Generates
 from hf_fuse.modules import FusedLayerNorm, carry, enter, hand_over, state_of, step_aside
 from hf_fuse.ops.activations import from_module
 from hf_fuse.patches.architecture import Architecture, Swap, unknown_activation
@@ -64,6 +66,37 @@ class FusedGPT2MLP(hf.GPT2MLP):
         return self.dropout(self.c_proj(hidden_states))
 
 
+class FusedGPT2LMHeadModel(Generates, hf.GPT2LMHeadModel):
+    """The model whose `generate` runs on the decode engine."""
+
+    def decoder_spec(self) -> spec.DecoderSpec:
+        heads = self.config.num_attention_heads
+        return spec.DecoderSpec(
+            embedding=spec.plain(self.transformer.wte.weight),
+            positions=spec.plain(self.transformer.wpe.weight),
+            layers=tuple(_layer_spec(block) for block in self.transformer.h),
+            final_norm=spec.norm(self.transformer.ln_f),
+            head=spec.projection(self.lm_head),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=self.config.hidden_size // heads,
+        )
+
+
+def _layer_spec(block: Any) -> spec.LayerSpec:
+    return spec.LayerSpec(
+        attention_norm=spec.norm(block.ln_1),
+        qkv=spec.projection(block.attn.c_attn),
+        scaling=block.attn.scaling,
+        attention_out=spec.projection(block.attn.c_proj),
+        mlp_norm=spec.norm(block.ln_2),
+        mlp_in=spec.projection(block.mlp.c_fc),
+        gated=False,
+        act=spec.activation(block.mlp.act),
+        mlp_out=spec.projection(block.mlp.c_proj),
+    )
+
+
 def opening_norms(layer: nn.Module) -> tuple[nn.Module, ...]:
     return (layer.ln_1,)
 
@@ -85,5 +118,6 @@ ARCHITECTURE = Architecture(
         Swap("add_norm", hf.GPT2Block, FusedGPT2Block),
         Swap("add_norm", nn.LayerNorm, FusedLayerNorm),
         Swap("bias_act", hf.GPT2MLP, FusedGPT2MLP, refuse=unknown_activation("act")),
+        Swap("decode", hf.GPT2LMHeadModel, FusedGPT2LMHeadModel),
     ),
 )

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache
 from transformers.models.gpt_neox import modeling_gpt_neox as hf
 
 from hf_fuse import ops
+from hf_fuse.decode import spec
+from hf_fuse.decode.loop import Generates
 from hf_fuse.modules import (
     FusedLayerNorm,
     carry,
@@ -109,6 +111,42 @@ class FusedGPTNeoXMLP(hf.GPTNeoXMLP):
         return self.dense_4h_to_h(hidden_states)
 
 
+class FusedGPTNeoXForCausalLM(Generates, hf.GPTNeoXForCausalLM):
+    """The model whose `generate` runs on the decode engine."""
+
+    def decoder_spec(self) -> spec.DecoderSpec:
+        inv_freq, rope_scale = spec.rotation(self.gpt_neox.rotary_emb)
+        heads = self.config.num_attention_heads
+        return spec.DecoderSpec(
+            embedding=spec.plain(self.gpt_neox.embed_in.weight),
+            positions=None,
+            layers=tuple(_layer_spec(layer) for layer in self.gpt_neox.layers),
+            final_norm=spec.norm(self.gpt_neox.final_layer_norm),
+            head=spec.projection(self.get_output_embeddings()),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=self.gpt_neox.layers[0].attention.head_size,
+            inv_freq=inv_freq,
+            rope_scale=rope_scale,
+            interleaved=True,
+        )
+
+
+def _layer_spec(layer: Any) -> spec.LayerSpec:
+    return spec.LayerSpec(
+        attention_norm=spec.norm(layer.input_layernorm),
+        qkv=spec.projection(layer.attention.query_key_value),
+        scaling=layer.attention.scaling,
+        attention_out=spec.projection(layer.attention.dense),
+        mlp_norm=spec.norm(layer.post_attention_layernorm),
+        mlp_in=spec.projection(layer.mlp.dense_h_to_4h),
+        gated=False,
+        act=spec.activation(layer.mlp.act),
+        mlp_out=spec.projection(layer.mlp.dense_4h_to_h),
+        parallel=layer.use_parallel_residual,
+    )
+
+
 def opening_norms(layer: nn.Module) -> tuple[nn.Module, ...]:
     if layer.use_parallel_residual:
         return layer.input_layernorm, layer.post_attention_layernorm
@@ -126,5 +164,6 @@ ARCHITECTURE = Architecture(
         Swap("add_norm", nn.LayerNorm, FusedLayerNorm),
         Swap("rotary", hf.GPTNeoXAttention, FusedGPTNeoXAttention),
         Swap("bias_act", hf.GPTNeoXMLP, FusedGPTNeoXMLP, refuse=unknown_activation("act")),
+        Swap("decode", hf.GPTNeoXForCausalLM, FusedGPTNeoXForCausalLM),
     ),
 )

@@ -9,6 +9,8 @@ from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama as hf
 
 from hf_fuse import ops
+from hf_fuse.decode import spec
+from hf_fuse.decode.loop import Generates
 from hf_fuse.modules import (
     FusedNorm,
     carry,
@@ -110,6 +112,40 @@ class FusedLlamaMLP(hf.LlamaMLP):
         )
 
 
+class FusedLlamaForCausalLM(Generates, hf.LlamaForCausalLM):
+    """The model whose `generate` runs on the decode engine."""
+
+    def decoder_spec(self) -> spec.DecoderSpec:
+        inv_freq, rope_scale = spec.rotation(self.model.rotary_emb)
+        return spec.DecoderSpec(
+            embedding=spec.plain(self.model.embed_tokens.weight),
+            positions=None,
+            layers=tuple(_layer_spec(layer) for layer in self.model.layers),
+            final_norm=spec.norm(self.model.norm),
+            head=spec.projection(self.lm_head),
+            num_heads=self.config.num_attention_heads,
+            num_kv_heads=self.config.num_key_value_heads,
+            head_dim=self.model.layers[0].self_attn.head_dim,
+            inv_freq=inv_freq,
+            rope_scale=rope_scale,
+        )
+
+
+def _layer_spec(layer: Any) -> spec.LayerSpec:
+    attention, mlp = layer.self_attn, layer.mlp
+    return spec.LayerSpec(
+        attention_norm=spec.norm(layer.input_layernorm),
+        qkv=spec.projection(attention.q_proj, attention.k_proj, attention.v_proj),
+        scaling=attention.scaling,
+        attention_out=spec.projection(attention.o_proj),
+        mlp_norm=spec.norm(layer.post_attention_layernorm),
+        mlp_in=spec.projection(mlp.gate_proj, mlp.up_proj),
+        gated=True,
+        act=spec.activation(mlp.act_fn),
+        mlp_out=spec.projection(mlp.down_proj),
+    )
+
+
 def opening_norms(layer: nn.Module) -> tuple[nn.Module, ...]:
     return (layer.input_layernorm,)
 
@@ -125,5 +161,6 @@ ARCHITECTURE = Architecture(
         Swap("add_norm", hf.LlamaRMSNorm, FusedLlamaRMSNorm),
         Swap("rotary", hf.LlamaAttention, FusedLlamaAttention),
         Swap("gated_act", hf.LlamaMLP, FusedLlamaMLP, refuse=unknown_activation("act_fn")),
+        Swap("decode", hf.LlamaForCausalLM, FusedLlamaForCausalLM),
     ),
 )

@@ -5,6 +5,7 @@
 // every loop below is a plain array loop that the compiler vectorises for the build machine
 // (-march=native).
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -170,6 +171,17 @@ void dispatch(DType dtype, const F& f) {
       return f(double{});
   }
   throw std::runtime_error("hf_fuse: unknown dtype");
+}
+
+// The same for what a model decodes in: every dtype but float64.
+template <typename F>
+void dispatch_decode(const char* op, DType dtype, const F& f) {
+  if (dtype == DType::kFloat64)
+    throw std::runtime_error(std::string("hf_fuse ") + op +
+                             ": takes float32, float16 or bfloat16, got float64");
+  dispatch(dtype, [&](auto type) {
+    if constexpr (!std::is_same_v<decltype(type), double>) f(type);
+  });
 }
 
 }  // namespace hf_fuse

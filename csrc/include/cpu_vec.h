@@ -36,7 +36,14 @@ typedef int32_t int_vec __attribute__((vector_size(kVecBytes)));
 
 template <typename A>
 vec<A> broadcast(A value) {
-  return vec<A>{} + value;
+  return value - vec<A>{};  // exact, and no instruction; + would be one, since -0 + 0 is 0
+}
+
+// scratch() that begins where a vector may.
+template <typename A>
+A* aligned_scratch(int slot, int64_t n) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(scratch<A>(slot, n + kLanes<A>));
+  return reinterpret_cast<A*>((begin + kVecBytes - 1) / kVecBytes * kVecBytes);
 }
 
 #if defined(HF_FUSE_AVX512)
@@ -167,12 +174,22 @@ void for_each_vec(int64_t n, const Body& body) {
   if (i < n) body(i, n - i);
 }
 
-// Lanes summed as a tree, always in the same order.
-template <typename A>
-A sum_lanes(vec<A> v) {
-  for (int64_t width = kLanes<A> / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+// Lanes summed as a tree, always in the same order: the upper half onto the lower, down to one.
+template <typename A, int64_t kBytes = kVecBytes, typename V>
+A sum_lanes(V v) {
+  if constexpr (kBytes == sizeof(A)) {
+    return v[0];
+#if defined(HF_FUSE_AVX512)
+  } else if constexpr (std::is_same_v<A, float> && kBytes == 64) {
+    return _mm512_reduce_add_ps((__m512)v);  // the same tree; gcc takes v through memory below
+#endif
+  } else {
+    typedef A half __attribute__((vector_size(kBytes / 2)));
+    half lower, upper;
+    std::memcpy(&lower, &v, sizeof lower);
+    std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof lower, sizeof upper);
+    return sum_lanes<A, kBytes / 2>(lower + upper);
+  }
 }
 
 }  // namespace hf_fuse

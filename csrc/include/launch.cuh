@@ -18,16 +18,27 @@ namespace hf_fuse {
 
 __device__ inline void asm_use(const void* address) { asm volatile("" ::"l"(address)); }
 
+__device__ inline void pdl_trigger() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void pdl_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Every kernel calls both, in every thread, before it touches global memory: the next kernel may
 // then start early, and its own wait still means that everything before it has finished. Addresses
 // passed in are computed before the wait, while there is nothing else to do.
 template <typename... T>
 __device__ inline void pdl_trigger_and_wait([[maybe_unused]] const T*... addresses) {
+  pdl_trigger();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   (asm_use(addresses), ...);
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  pdl_wait();
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,6 +74,7 @@ inline const DeviceInfo& device_info(const char* op) {
 
 struct Grid {
   int64_t x, y = 1;
+  int cluster = 1;  // blocks along x that form a cluster, up to 16; above 1 needs sm_90
 };
 
 template <typename... Params, typename... Args>
@@ -76,16 +88,22 @@ void launch(const char* op, void (*kernel)(Params...), Grid grid, dim3 block, in
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         shared_bytes));
   }
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  constexpr int kPortableCluster = 8;
+  if (grid.cluster > kPortableCluster) {
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap;
-  config.numAttrs = device_info(op).major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = device_info(op).major < 9 ? 0 : grid.cluster == 1 ? 1 : 2;
   check_cuda(op, cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
   check_cuda(op, cudaGetLastError());
 }

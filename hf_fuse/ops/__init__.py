@@ -4,10 +4,26 @@ autograd formula.
 
 from hf_fuse.ops.add_norm import add_norm
 from hf_fuse.ops.bias_act import bias_act
+from hf_fuse.ops.decode_attention import decode_attention
+from hf_fuse.ops.decode_embed import decode_embed
+from hf_fuse.ops.decode_linear import decode_linear
+from hf_fuse.ops.decode_select import decode_select
 from hf_fuse.ops.gated_act import gated_act
 from hf_fuse.ops.rotary import rotary, rotary_, rotary_cache_
 
 # What `patch(ops=...)` takes.
-NAMES = ("add_norm", "rotary", "gated_act", "bias_act")
+NAMES = ("add_norm", "rotary", "gated_act", "bias_act", "decode")
 
-__all__ = ["NAMES", "add_norm", "bias_act", "gated_act", "rotary", "rotary_", "rotary_cache_"]
+__all__ = [
+    "NAMES",
+    "add_norm",
+    "bias_act",
+    "decode_attention",
+    "decode_embed",
+    "decode_linear",
+    "decode_select",
+    "gated_act",
+    "rotary",
+    "rotary_",
+    "rotary_cache_",
+]

@@ -1,0 +1,572 @@
+// One new token's attention over each sequence's cache, its rotation and its cache write
+// (decode.h).
+//
+// Bytes: the keys and values from start to length, once for every 8 query heads that share them;
+// all else is small, and with one sequence latency is half of the time. So:
+// - A cluster of blocks takes a (sequence, key head). Its warps take tiles of slots in turn, two
+//   tiles in flight each; a few tiles are left to the cluster's first block.
+// - The first tiles are on their way before the kernel waits for the projection of q, k and v.
+// - The softmax is kept relative to a running maximum by each group of lanes that reads a slot,
+//   then combined in a fixed order: in the warp, in the block, and over the cluster by stores to
+//   the shared memory of the block that writes an output.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "../include/decode.h"
+#include "../include/launch.cuh"
+#include "../include/reduce.cuh"
+#include "../include/vec.cuh"
+
+namespace hf_fuse {
+namespace {
+
+constexpr const char* kOp = "decode_attention";
+constexpr int kElements = 8;    // of a cache row, that a lane holds
+constexpr int kBuffers = 2;     // tiles a warp has in flight
+constexpr int kAloneTiles = 2;  // a warp, up to which a block is done sooner than a cluster
+constexpr int kMaxCluster = 16, kPortableCluster = 8;  // blocks
+// Four warps find room beside two blocks of a projection; eight read a long cache faster.
+constexpr int kFewWarps = 4, kMaxWarps = 8, kLongCache = 4096;
+constexpr float kLowest = -FLT_MAX;  // the maximum of nothing: -inf would make NaN of exp(m - m)
+constexpr float kLog2e = 1.4426950408889634f;
+
+// kLanes_ lanes read a cache row with 16-byte loads, so a warp reads kSlotGroups rows at once, and
+// kSlots times for a tile.
+template <typename T, int kLanes_, int kGroup_>
+struct Layout {
+  using Element = T;
+  using Vector = Vec16<T>;
+  static constexpr int kLanes = kLanes_, kSlotGroups = kWarpSize / kLanes;
+  static constexpr int kGroup = kGroup_;  // query heads
+  static constexpr int kVecs = kElements / Vector::kSize;
+  using Row = Vector[kVecs];  // a lane's part of it
+  static constexpr int kSlots = 2 / kVecs, kTile = kSlots * kSlotGroups;
+  static constexpr int kDim = kLanes * kElements;  // head_dim and its padding
+  static constexpr int kOutputs = kGroup * kDim;
+
+  // The column of a lane's i-th element. Signed: unsigned, the columns would each get a register.
+  __device__ static int column(int i) {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    return (i / Vector::kSize * kLanes + lane) * Vector::kSize + i % Vector::kSize;
+  }
+  __device__ static int slot_group() { return static_cast<int>(threadIdx.x) % kWarpSize / kLanes; }
+};
+
+template <typename L>
+struct Shared {
+  alignas(16) float input[L::kGroup + 2][L::kDim];  // the queries, the new key, the new value
+  float2 rotation[L::kDim / 2];                     // cos, sin
+  alignas(16) float out[kMaxWarps][L::kOutputs];
+  float2 max_sum[kMaxWarps][L::kGroup];
+  // From each of the cluster's blocks, of the outputs that this block writes.
+  float cluster_out[L::kOutputs];
+  float2 cluster_max_sum[kMaxCluster][L::kGroup];
+  uint64_t barrier;  // counts the bytes of those
+};
+
+// A lane's slots so far: for each query the slot group's maximum score, its sum of weights relative
+// to that, and the lane's part of the weighted sum of the values.
+template <typename L>
+struct Attention {
+  float query[L::kGroup][kElements];
+  float max[L::kGroup], sum[L::kGroup], out[L::kGroup][kElements];
+};
+
+// Blocks a cluster, rounds over the query heads of a key head, such heads.
+struct Split {
+  int cluster, rounds, group, head_dim;
+};
+
+// What a block's cluster does, and its rank there.
+struct Task {
+  int64_t sequence;
+  int kv_head, round, first_head, num_heads, rank;
+};
+
+// Loads before the wait are strong ones: ptxas moves weak loads below it.
+__device__ int64_t load_early(const int64_t* ptr) {
+  int64_t value;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(ptr) : "memory");
+  return value;
+}
+__device__ float load_early(const float* ptr) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(ptr) : "memory");
+  return value;
+}
+template <typename V>
+__device__ V load_early(const typename V::Element* ptr) {
+  V v;
+  auto& w = v.words;
+  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "l"(ptr)
+               : "memory");
+  return v;
+}
+
+// exp2f without its care for results below 2^-126, which doubles its cost.
+__device__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Blocks of a cluster store into each other's shared memory, and the receiver's barrier counts the
+// bytes: a cluster-wide barrier would first wait for all that a block has under way.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+__device__ uint32_t shared_address(const void* ptr) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
+}
+// After cluster_arrive and cluster_wait, all blocks run and their barriers are ready.
+__device__ void cluster_arrive(uint64_t* barrier, int bytes) {
+  if (threadIdx.x == 0) {
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;\n"
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// To where `ptr` is in the block `rank`, counted by `barrier` there.
+__device__ void store_cluster(float* ptr, uint64_t* barrier, int rank, float value) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [counter];\n}" ::
+          "r"(shared_address(ptr)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(value)
+      : "memory");
+}
+__device__ void wait_stored(uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+#else
+constexpr bool kHasClusters = false;
+__device__ void cluster_arrive(uint64_t*, int) {}
+__device__ void cluster_wait() {}
+__device__ void store_cluster(float*, uint64_t*, int, float) {}
+__device__ void wait_stored(uint64_t*) {}
+#endif
+
+template <typename L>
+__device__ Task find_task(const Split& split) {
+  const int item = blockIdx.x / split.cluster;
+  const int kv_head = item / split.rounds, round = item % split.rounds;
+  const int done = round * L::kGroup;
+  return {blockIdx.y,
+          kv_head,
+          round,
+          kv_head * split.group + done,
+          min(L::kGroup, split.group - done),
+          static_cast<int>(blockIdx.x % split.cluster)};
+}
+
+// A lane's part of a tile. Past the last slot and past a row's end it is that slot and that end
+// once more: whatever is read is attended to as well, and no load hangs on a condition, which costs
+// ptxas registers and a wait for the load.
+template <typename L>
+__device__ void load_tile(typename L::Row (&rows)[L::kSlots], const typename L::Element* cache,
+                          int tile, int num_slots, int head_dim) {
+  using T = typename L::Element;
+  const int row_bytes = head_dim * static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int u = 0; u < L::kSlots; ++u) {
+    const int slot = min(tile * L::kTile + u * L::kSlotGroups + L::slot_group(), num_slots - 1);
+    const char* row = reinterpret_cast<const char*>(cache) + int64_t{slot} * row_bytes;
+#pragma unroll
+    for (int v = 0; v < L::kVecs; ++v) {
+      const int column = min(L::column(v * L::Vector::kSize), head_dim - L::Vector::kSize);
+      rows[u][v] = load_early<typename L::Vector>(reinterpret_cast<const T*>(row) + column);
+    }
+  }
+}
+
+template <typename L>
+__device__ Floats<kElements> floats_of(const typename L::Row& row) {
+  Floats<kElements> out;
+#pragma unroll
+  for (int v = 0; v < L::kVecs; ++v) {
+    const auto part = row[v].floats();
+#pragma unroll
+    for (int i = 0; i < L::Vector::kSize; ++i) out[v * L::Vector::kSize + i] = part[i];
+  }
+  return out;
+}
+
+// The products of queries and keys, all in each lane of a slot group; -inf from `num_slots` on.
+template <typename L, int kSlots>
+__device__ void multiply(float (&scores)[kSlots][L::kGroup], const Attention<L>& a,
+                         const typename L::Row (&keys)[kSlots], int slot, int num_slots) {
+#pragma unroll
+  for (int u = 0; u < kSlots; ++u) {
+    const auto key = floats_of<L>(keys[u]);
+#pragma unroll
+    for (int g = 0; g < L::kGroup; ++g) {
+      float sum = 0.f;
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) sum += a.query[g][i] * key[i];
+#pragma unroll
+      for (int offset = L::kLanes / 2; offset > 0; offset /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      }
+      scores[u][g] = slot + u * L::kSlotGroups < num_slots ? sum : -INFINITY;
+    }
+  }
+}
+
+template <typename L, int kSlots>
+__device__ void attend(Attention<L>& a, float (&scores)[kSlots][L::kGroup],
+                       const typename L::Row (&values)[kSlots]) {
+#pragma unroll
+  for (int g = 0; g < L::kGroup; ++g) {
+    float max = a.max[g];
+#pragma unroll
+    for (int u = 0; u < kSlots; ++u) max = fmaxf(max, scores[u][g]);
+    const float shrink = fast_exp2(a.max[g] - max);
+    a.max[g] = max;
+    a.sum[g] *= shrink;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) a.out[g][i] *= shrink;
+#pragma unroll
+    for (int u = 0; u < kSlots; ++u) {
+      scores[u][g] = fast_exp2(scores[u][g] - max);
+      a.sum[g] += scores[u][g];
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kSlots; ++u) {
+    const auto value = floats_of<L>(values[u]);
+#pragma unroll
+    for (int g = 0; g < L::kGroup; ++g) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) a.out[g][i] += scores[u][g] * value[i];
+    }
+  }
+}
+
+// q of the task's heads, the new k and the new v to shared memory, zero where there is none.
+template <typename L>
+__device__ void read_input(Shared<L>& shared, const DecodeAttention& p, const Task& task) {
+  constexpr int kWidth = 4;  // floats a copy
+  const float* input = p.qkv + task.sequence * p.qkv_stride;
+  for (int i = threadIdx.x * kWidth; i < (L::kGroup + 2) * L::kDim; i += blockDim.x * kWidth) {
+    const int row = i / L::kDim, column = i % L::kDim;
+    const int64_t offset = row < L::kGroup ? (task.first_head + row) * p.q_head_stride
+                                           : (row == L::kGroup ? p.k_offset : p.v_offset) +
+                                                 task.kv_head * p.kv_head_stride;
+    if (column < p.head_dim && (row < task.num_heads || row >= L::kGroup)) {
+      copy_async(&shared.input[row][column], input + offset + column);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) shared.input[row][column + j] = 0.f;
+    }
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+}
+
+// The queries and the new key, in place.
+template <typename L>
+__device__ void rotate_input(Shared<L>& shared, int half) {
+  for (int i = threadIdx.x; i < (L::kGroup + 1) * L::kDim / 2; i += blockDim.x) {
+    const int row = i / (L::kDim / 2), column = i % (L::kDim / 2);
+    if (column >= half) continue;
+    float* x = &shared.input[row][column];
+    const float first = x[0], second = x[half];
+    const float cos = shared.rotation[column].x, sin = shared.rotation[column].y;
+    x[0] = first * cos - second * sin;
+    x[half] = second * cos + first * sin;
+  }
+  __syncthreads();
+}
+
+// Nothing attended to yet; the scale of the scores is in the queries.
+template <typename L>
+__device__ void begin(Attention<L>& a, const Shared<L>& shared, float scale) {
+#pragma unroll
+  for (int g = 0; g < L::kGroup; ++g) {
+    a.max[g] = kLowest;
+    a.sum[g] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      a.query[g][i] = shared.input[g][L::column(i)] * scale;
+      a.out[g][i] = 0.f;
+    }
+  }
+}
+
+// For one warp: rounds the new key and value, attends to them in its first slot group and, where
+// `write`, puts them into the caches.
+template <typename L>
+__device__ void attend_new(Attention<L>& a, const Shared<L>& shared, int head_dim, bool write,
+                           typename L::Element* key_slot, typename L::Element* value_slot) {
+  using V = typename L::Vector;
+  typename L::Row key[1], value[1];
+#pragma unroll
+  for (int v = 0; v < L::kVecs; ++v) {
+    Floats<V::kSize> k, x;
+#pragma unroll
+    for (int i = 0; i < V::kSize; ++i) {
+      const int column = L::column(v * V::kSize + i);
+      k[i] = shared.input[L::kGroup][column];
+      x[i] = shared.input[L::kGroup + 1][column];
+    }
+    key[0][v] = V::from(k);
+    value[0][v] = V::from(x);
+  }
+  float scores[1][L::kGroup];
+  multiply<L, 1>(scores, a, key, 0, 1);
+  if (L::slot_group() != 0) return;
+  attend<L, 1>(a, scores, value);
+#pragma unroll
+  for (int v = 0; v < L::kVecs; ++v) {
+    const int column = L::column(v * V::kSize);
+    if (!write || column >= head_dim) continue;
+    store(key_slot + column, key[0][v]);
+    store(value_slot + column, value[0][v]);
+  }
+}
+
+// All slot groups of the warp, to shared memory.
+template <typename L>
+__device__ void combine_warp(Shared<L>& shared, const Attention<L>& a, int warp) {
+#pragma unroll
+  for (int g = 0; g < L::kGroup; ++g) {
+    float max = a.max[g];
+#pragma unroll
+    for (int offset = L::kLanes; offset < kWarpSize; offset *= 2) {
+      max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, offset));
+    }
+    const float shrink = fast_exp2(a.max[g] - max);
+    const auto total = [&](float x) {
+      x *= shrink;
+#pragma unroll
+      for (int offset = L::kLanes; offset < kWarpSize; offset *= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, offset);
+      }
+      return x;
+    };
+    const float sum = total(a.sum[g]);
+    if (threadIdx.x % kWarpSize == 0) shared.max_sum[warp][g] = {max, sum};
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float out = total(a.out[g][i]);
+      if (L::slot_group() == 0) shared.out[warp][g * L::kDim + L::column(i)] = out;
+    }
+  }
+}
+
+struct Output {
+  float max, sum, out;
+};
+
+// One output from `count` parts, each relative to its own maximum.
+template <typename L>
+__device__ Output combine(const float* out, int stride, const float2 (*max_sum)[L::kGroup],
+                          int head, int count) {
+  Output total = {kLowest, 0.f, 0.f};
+#pragma unroll 4
+  for (int s = 0; s < count; ++s) total.max = fmaxf(total.max, max_sum[s][head].x);
+#pragma unroll 4
+  for (int s = 0; s < count; ++s) {
+    const float shrink = fast_exp2(max_sum[s][head].x - total.max);
+    total.sum += shrink * max_sum[s][head].y;
+    total.out += shrink * out[s * stride];
+  }
+  return total;
+}
+
+template <typename L>
+__device__ void write_output(const DecodeAttention& p, const Task& task, int i, Output total) {
+  using T = typename L::Element;
+  const int head = i / L::kDim, column = i % L::kDim;
+  if (head >= task.num_heads || column >= p.head_dim) return;
+  const int64_t row = task.sequence * p.num_heads + task.first_head + head;
+  const Floats<1> y = {{total.out / total.sum}};
+  store(static_cast<T*>(p.out) + row * p.head_dim + column, Vec<T, 1>::from(y));
+}
+
+// What a block of the cluster is sent: of the outputs that it writes, and their heads.
+template <typename L>
+__device__ int cluster_bytes(int cluster) {
+  const int owned = L::kOutputs / cluster, heads = max(1, owned / L::kDim);
+  return cluster * (owned * int{sizeof(float)} + heads * int{sizeof(float2)});
+}
+
+// Combines the warps and, over a cluster, sends each output to the block that writes it.
+template <typename L>
+__device__ void finish(Shared<L>& shared, const DecodeAttention& p, const Task& task, int cluster) {
+  const int num_warps = blockDim.x / kWarpSize, owned = L::kOutputs / cluster;
+  if (cluster > 1) cluster_wait();
+  for (int i = threadIdx.x; i < L::kOutputs; i += blockDim.x) {
+    const int head = i / L::kDim;
+    const Output part = combine<L>(&shared.out[0][i], L::kOutputs, shared.max_sum, head, num_warps);
+    if (cluster == 1) {
+      write_output<L>(p, task, i, part);
+      continue;
+    }
+    const int owner = i * cluster / L::kOutputs, place = i - owner * owned;
+    const auto send = [&](float* ptr, float value) {
+      store_cluster(ptr, &shared.barrier, owner, value);
+    };
+    send(&shared.cluster_out[task.rank * owned + place], part.out);
+    if (place % L::kDim == 0) {
+      send(&shared.cluster_max_sum[task.rank][head].x, part.max);
+      send(&shared.cluster_max_sum[task.rank][head].y, part.sum);
+    }
+  }
+  if (cluster == 1) return;
+  wait_stored(&shared.barrier);
+  for (int place = threadIdx.x; place < owned; place += blockDim.x) {
+    const int i = task.rank * owned + place;
+    write_output<L>(p, task, i,
+                    combine<L>(&shared.cluster_out[place], owned, shared.cluster_max_sum,
+                               i / L::kDim, cluster));
+  }
+}
+
+template <typename L>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
+    decode_attention_kernel(const DecodeAttention p, const Split split) {
+  using T = typename L::Element;
+  __shared__ Shared<L> shared;
+  pdl_trigger();
+  // The length and the slots below it are read before the wait. They are the previous step's, all
+  // of which has ended: a step's first kernel triggers its dependents after its own wait.
+  const Task task = find_task<L>(split);
+  const int64_t length = load_early(p.length), start = load_early(p.start + task.sequence);
+  if (length >= p.capacity) __trap();  // the new slot would be another head's
+  const int head_dim = split.head_dim, num_warps = blockDim.x / kWarpSize;
+  const int num_slots = static_cast<int>(length - start);  // but for the new one
+  const int num_tiles = (num_slots + L::kTile - 1) / L::kTile;
+  const bool alone = num_tiles <= kAloneTiles * num_warps;
+  if (alone && task.rank > 0) return;
+  const int cluster = kHasClusters && !alone ? split.cluster : 1;
+  if (cluster > 1) cluster_arrive(&shared.barrier, cluster_bytes<L>(cluster));
+
+  T* keys = static_cast<T*>(p.key_cache) + task.sequence * p.key_batch_stride +
+            task.kv_head * p.key_head_stride + start * head_dim;
+  T* values = static_cast<T*>(p.value_cache) + task.sequence * p.value_batch_stride +
+              task.kv_head * p.value_head_stride + start * head_dim;
+  // By a shuffle, so that the compiler knows that all lanes have the same and branch as one.
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+  const int step = num_warps * cluster;
+  int tile = warp * cluster + task.rank;
+  typename L::Row key[kBuffers][L::kSlots], value[kBuffers][L::kSlots];
+#pragma unroll
+  for (int b = 0; b < kBuffers; ++b) {
+    if (tile + b * step >= num_tiles) break;
+    load_tile<L>(key[b], keys, tile + b * step, num_slots, head_dim);
+    load_tile<L>(value[b], values, tile + b * step, num_slots, head_dim);
+  }
+  const int half = static_cast<int>(p.rotary_dim / 2);
+  for (int i = threadIdx.x; i < half; i += blockDim.x) {
+    float sin, cos;
+    sincosf(static_cast<float>(length - start) * load_early(p.inv_freq + i), &sin, &cos);
+    shared.rotation[i] = {cos * p.rope_scale, sin * p.rope_scale};
+  }
+  pdl_wait();
+
+  read_input(shared, p, task);
+  if (half > 0) rotate_input(shared, half);
+  Attention<L> a;
+  begin(a, shared, p.scaling * kLog2e);
+  if (task.rank == 0 && warp == 0) {
+    const int64_t slot = int64_t{num_slots} * head_dim;
+    attend_new(a, shared, head_dim, task.round == 0, keys + slot, values + slot);
+  }
+  while (tile < num_tiles) {
+#pragma unroll
+    for (int b = 0; b < kBuffers; ++b) {
+      if (tile >= num_tiles) break;
+      const int refill = tile + kBuffers * step;
+      float scores[L::kSlots][L::kGroup];
+      multiply<L, L::kSlots>(scores, a, key[b], tile * L::kTile + L::slot_group(), num_slots);
+      if (refill < num_tiles) load_tile<L>(key[b], keys, refill, num_slots, head_dim);
+      attend<L, L::kSlots>(a, scores, value[b]);
+      if (refill < num_tiles) load_tile<L>(value[b], values, refill, num_slots, head_dim);
+      tile += step;
+    }
+  }
+  combine_warp(shared, a, warp);
+  __syncthreads();
+  finish(shared, p, task, cluster);
+}
+
+template <typename T, int kLanes, int kGroup>
+void launch_layout(const DecodeAttention& p, void* stream) {
+  using L = Layout<T, kLanes, kGroup>;
+  const DeviceInfo& device = device_info(kOp);
+  const int64_t group = p.num_heads / p.num_kv_heads, rounds = ceil_div(group, kGroup);
+  const int64_t clusters = p.batch * p.num_kv_heads * rounds;
+  const int warps = p.capacity > kLongCache ? kMaxWarps : kFewWarps;
+  // Up to two blocks a multiprocessor, and a tile for each warp.
+  const int max_cluster = device.major < 9 ? 1 : device.major == 9 ? kMaxCluster : kPortableCluster;
+  int cluster = 1;
+  while (2 * cluster <= max_cluster && cluster * clusters <= device.num_sms &&
+         cluster * warps * L::kTile < p.capacity) {
+    cluster *= 2;
+  }
+  const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
+                       static_cast<int>(p.head_dim)};
+  launch(kOp, decode_attention_kernel<L>, {p.num_kv_heads * rounds * cluster, p.batch, cluster},
+         warps * kWarpSize, 0, stream, p, split);
+}
+
+// As many query heads together as registers hold.
+template <typename T, int kLanes>
+void launch_group(const DecodeAttention& p, void* stream) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  if (group == 1) return launch_layout<T, kLanes, 1>(p, stream);
+  if (group == 2) return launch_layout<T, kLanes, 2>(p, stream);
+  if constexpr (kLanes < kWarpSize) {
+    if (group > 4) return launch_layout<T, kLanes, 8>(p, stream);
+  }
+  launch_layout<T, kLanes, 4>(p, stream);
+}
+
+void check(const DecodeAttention& p, int element_size) {
+  if (p.head_dim % kElements != 0 || p.head_dim > kWarpSize * kElements) {
+    throw std::runtime_error(
+        "hf_fuse.decode_attention: head_dim must be a multiple of 8 up to 256, got " +
+        std::to_string(p.head_dim));
+  }
+  if (!rows_aligned({{p.key_cache, p.key_batch_stride}, {p.value_cache, p.value_batch_stride}},
+                    p.batch, element_size) ||
+      !rows_aligned({{p.key_cache, p.key_head_stride}, {p.value_cache, p.value_head_stride}},
+                    p.num_kv_heads, element_size) ||
+      !rows_aligned({{p.qkv, p.qkv_stride}}, p.batch, sizeof(float))) {
+    throw std::runtime_error(
+        "hf_fuse.decode_attention: qkv and each head of the caches must start at a multiple of 16 "
+        "bytes");
+  }
+}
+
+}  // namespace
+
+void decode_attention(const DecodeAttention& p, void* stream) {
+  dispatch_dtype(kOp, p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (p.batch == 0 || p.num_heads == 0) return;
+    check(p, sizeof(T));
+    if (p.head_dim <= 64) return launch_group<T, 8>(p, stream);
+    if (p.head_dim <= 128) return launch_group<T, 16>(p, stream);
+    launch_group<T, 32>(p, stream);
+  });
+}
+
+}  // namespace hf_fuse

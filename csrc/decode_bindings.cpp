@@ -1,0 +1,252 @@
+// The ops of a decoding step as torch sees them; they write into tensors that the caller keeps.
+// Compiled twice, as bindings.cpp is. What an op computes is said in hf_fuse/ops/decode_<op>.py.
+#include "checks.h"
+#include "decode.h"
+
+namespace hf_fuse {
+namespace bindings {
+
+void check_float32(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float)
+    fail(op, ": ", name, " must be float32, got ", name_of(t.scalar_type()));
+}
+
+void check_int64(const char* op, const char* name, const Tensor& t, int64_t numel) {
+  if (t.scalar_type() != ScalarType::Long || t.numel() != numel || !t.is_contiguous())
+    fail(op, ": ", name, " must be ", numel, " int64 in a row, got ", name_of(t.scalar_type()), " ",
+         shape_of(t));
+}
+
+void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t size) {
+  if (t.dim() != 2 || t.size(0) != rows || t.size(1) != size || !t.is_contiguous())
+    fail(op, ": ", name, " must be a contiguous [", rows, ", ", size, "], got ", shape_of(t));
+}
+
+void check_device(const char* op, const char* name, const Tensor& t, const char* like_name,
+                  const Tensor& like) {
+  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
+    fail(op, ": ", name, " must be on the device of ", like_name);
+}
+
+int64_t* int64_of(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
+
+void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                   double eps, bool rms, Tensor weight1, OptionalTensor weight2,
+                   OptionalTensor weight3, OptionalTensor bias1, OptionalTensor bias2,
+                   OptionalTensor bias3, int64_t epilogue, int64_t act) {
+  const char* op = "decode_linear";
+  DecodeLinear p{};
+  p.dtype = dtype_of(op, "weight1", weight1);
+  if (x.dim() != 2) fail(op, ": x must be [batch, size], got ", shape_of(x));
+  p.batch = x.size(0), p.size = x.size(1);
+  check_matrix(op, "x", x, p.batch, p.size);
+  if (epilogue < 0 || epilogue > static_cast<int64_t>(Epilogue::kAdd))
+    fail(op, ": epilogue must be 0 to 3, got ", epilogue);
+  p.epilogue = static_cast<Epilogue>(epilogue);
+  if (act < 0 || act > static_cast<int64_t>(Act::kRelu2))
+    fail(op, ": act must be 0 to 4, got ", act);
+  p.act = static_cast<Act>(act);
+  if (norm_weight) {
+    check_float32(op, "x under a norm", x);
+    check_device(op, "x", x, "weight1", weight1);
+    check_like(op, "norm_weight", *norm_weight, "weight1", weight1);
+    if (norm_weight->dim() != 1 || norm_weight->size(0) != p.size || !norm_weight->is_contiguous())
+      fail(op, ": norm_weight must be [", p.size, "], got ", shape_of(*norm_weight));
+    if (norm_bias && rms) fail(op, ": norm_bias needs a LayerNorm, RMSNorm has no bias");
+    if (norm_bias) check_same_shape(op, "norm_bias", *norm_bias, "norm_weight", *norm_weight);
+    if (norm_bias && !norm_bias->is_contiguous()) fail(op, ": norm_bias must be contiguous");
+    p.norm_weight = norm_weight->data_ptr(), p.norm_bias = data_or_null(norm_bias);
+  } else {
+    check_like(op, "x", x, "weight1", weight1);
+    if (norm_bias) fail(op, ": norm_bias needs norm_weight");
+  }
+  p.eps = eps, p.rms = rms;
+
+  int64_t rows = 0;
+  const auto add = [&](const char* name, const Tensor& weight, const char* bias_name,
+                       const OptionalTensor& bias) {
+    check_like(op, name, weight, "weight1", weight1);
+    if (weight.dim() != 2 || weight.size(1) != p.size || (p.size > 1 && weight.stride(1) != 1))
+      fail(op, ": ", name, " must be [rows, ", p.size, "] with contiguous rows, got ",
+           shape_of(weight));
+    if (bias) {
+      check_like(op, bias_name, *bias, "weight1", weight1);
+      if (bias->dim() != 1 || bias->size(0) != weight.size(0) || !bias->is_contiguous())
+        fail(op, ": ", bias_name, " must be [", weight.size(0), "], got ", shape_of(*bias));
+    }
+    p.weights[p.num_weights++] = {weight.data_ptr(), data_or_null(bias), weight.size(0),
+                                  weight.stride(0)};
+    rows += weight.size(0);
+  };
+  add("weight1", weight1, "bias1", bias1);
+  if (weight2) add("weight2", *weight2, "bias2", bias2);
+  if (weight3) add("weight3", *weight3, "bias3", bias3);
+  if (weight3 && !weight2) fail(op, ": weight3 needs weight2");
+  if (p.epilogue == Epilogue::kGated) {
+    if (p.num_weights != 2 || p.weights[0].rows != p.weights[1].rows)
+      fail(op, ": a gated epilogue needs two weights of as many rows");
+    rows = p.weights[0].rows;
+  }
+  check_matrix(op, "out", out, p.batch, rows);
+  check_device(op, "out", out, "weight1", weight1);
+  if (p.epilogue == Epilogue::kStore || p.epilogue == Epilogue::kAdd)
+    check_float32(op, "out", out);
+  else
+    check_like(op, "out", out, "weight1", weight1);
+  p.x = x.data_ptr(), p.out = out.data_ptr();
+  if (p.batch == 0 || rows == 0) return;
+  DeviceGuard guard(x);
+  hf_fuse::decode_linear(p, stream_of(x));
+}
+
+void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cache, Tensor length,
+                      Tensor start, OptionalTensor inv_freq, double rope_scale, bool interleaved,
+                      double scaling) {
+  const char* op = "decode_attention";
+  DecodeAttention p{};
+  p.dtype = dtype_of(op, "key_cache", key_cache);
+  if (out.dim() != 3 || !out.is_contiguous())
+    fail(op, ": out must be a contiguous [batch, heads, head_dim], got ", shape_of(out));
+  p.batch = out.size(0), p.num_heads = out.size(1), p.head_dim = out.size(2);
+  check_like(op, "out", out, "key_cache", key_cache);
+  check_same_shape(op, "value_cache", value_cache, "key_cache", key_cache);
+  if (key_cache.dim() != 4 || key_cache.size(0) != p.batch || key_cache.size(3) != p.head_dim)
+    fail(op, ": key_cache must be [", p.batch, ", kv_heads, capacity, ", p.head_dim, "], got ",
+         shape_of(key_cache));
+  p.num_kv_heads = key_cache.size(1), p.capacity = key_cache.size(2);
+  if (p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads)
+    fail(op, ": the heads of out, ", p.num_heads, ", must be a multiple of the cache's, ",
+         p.num_kv_heads);
+  for (const Tensor* cache : {&key_cache, &value_cache})
+    if (cache->stride(3) != 1 || cache->stride(2) != p.head_dim)
+      fail(op, ": the last two dimensions of the caches must be contiguous");
+  const int64_t width = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
+  check_matrix(op, "qkv", qkv, p.batch, width);
+  check_float32(op, "qkv", qkv);
+  check_int64(op, "length", length, 1);
+  check_int64(op, "start", start, p.batch);
+  const Tensor* present[] = {&qkv, &length, &start, inv_freq ? &*inv_freq : &qkv};
+  for (const Tensor* t : present)
+    check_device(op, "qkv, length, start and inv_freq", *t, "key_cache", key_cache);
+  if (interleaved && p.num_heads != p.num_kv_heads)
+    fail(op, ": interleaved q, k and v need as many key heads as query heads");
+  p.qkv = static_cast<const float*>(qkv.data_ptr()), p.qkv_stride = width;
+  p.k_offset = interleaved ? p.head_dim : p.num_heads * p.head_dim;
+  p.v_offset = interleaved ? 2 * p.head_dim : (p.num_heads + p.num_kv_heads) * p.head_dim;
+  p.q_head_stride = p.kv_head_stride = interleaved ? 3 * p.head_dim : p.head_dim;
+  if (inv_freq) {
+    check_float32(op, "inv_freq", *inv_freq);
+    if (inv_freq->dim() != 1 || !inv_freq->is_contiguous() || 2 * inv_freq->size(0) > p.head_dim)
+      fail(op, ": inv_freq must be [up to ", p.head_dim / 2, "], got ", shape_of(*inv_freq));
+    p.inv_freq = static_cast<const float*>(inv_freq->data_ptr());
+    p.rotary_dim = 2 * inv_freq->size(0);
+  }
+  p.rope_scale = static_cast<float>(rope_scale), p.scaling = static_cast<float>(scaling);
+  p.key_cache = key_cache.data_ptr(), p.value_cache = value_cache.data_ptr();
+  p.key_batch_stride = key_cache.stride(0), p.key_head_stride = key_cache.stride(1);
+  p.value_batch_stride = value_cache.stride(0), p.value_head_stride = value_cache.stride(1);
+  p.length = int64_of(length), p.start = int64_of(start);
+  p.out = out.data_ptr();
+  if (p.batch == 0) return;
+  DeviceGuard guard(qkv);
+  hf_fuse::decode_attention(p, stream_of(qkv));
+}
+
+void decode_embed(Tensor residual, Tensor token, Tensor table, OptionalTensor positions,
+                  Tensor length, Tensor start) {
+  const char* op = "decode_embed";
+  DecodeEmbed p{};
+  p.dtype = dtype_of(op, "table", table);
+  if (table.dim() != 2) fail(op, ": table must be [vocab, size], got ", shape_of(table));
+  p.batch = token.numel(), p.vocab = table.size(0), p.size = table.size(1);
+  check_matrix(op, "table", table, p.vocab, p.size);
+  check_matrix(op, "residual", residual, p.batch, p.size);
+  check_float32(op, "residual", residual);
+  check_int64(op, "token", token, p.batch);
+  check_int64(op, "length", length, 1);
+  check_int64(op, "start", start, p.batch);
+  if (positions) {
+    check_like(op, "positions", *positions, "table", table);
+    p.num_positions = positions->size(0);
+    check_matrix(op, "positions", *positions, p.num_positions, p.size);
+    p.positions = positions->data_ptr();
+  }
+  const Tensor* present[] = {&residual, &token, &length, &start};
+  for (const Tensor* t : present)
+    check_device(op, "residual, token, length and start", *t, "table", table);
+  p.token = int64_of(token), p.length = int64_of(length), p.start = int64_of(start);
+  p.table = table.data_ptr(), p.residual = static_cast<float*>(residual.data_ptr());
+  if (p.batch == 0) return;
+  DeviceGuard guard(table);
+  hf_fuse::decode_embed(p, stream_of(table));
+}
+
+void decode_select(Tensor token, Tensor finished, Tensor history, Tensor length, Tensor step,
+                   Tensor workspace, Tensor logits, Tensor eos, int64_t pad, int64_t min_step) {
+  const char* op = "decode_select";
+  DecodeSelect p{};
+  if (logits.dim() != 2 || logits.size(1) < 1)
+    fail(op, ": logits must be [batch, vocab], got ", shape_of(logits));
+  p.batch = logits.size(0), p.vocab = logits.size(1), p.num_eos = eos.numel(), p.pad = pad;
+  p.min_step = min_step;
+  check_matrix(op, "logits", logits, p.batch, p.vocab);
+  check_float32(op, "logits", logits);
+  check_int64(op, "token", token, p.batch);
+  check_int64(op, "finished", finished, p.batch);
+  check_int64(op, "eos", eos, p.num_eos);
+  check_int64(op, "length", length, 1);
+  check_int64(op, "step", step, 1);
+  if (history.dim() != 2 || history.size(1) != p.batch)
+    fail(op, ": history must be [steps, ", p.batch, "], got ", shape_of(history));
+  check_int64(op, "history", history, history.size(0) * p.batch);
+  if (workspace.numel() < (decode_select_workspace_size(p.batch) + 7) / 8)
+    fail(op, ": workspace is too small, got ", workspace.numel(), " int64");
+  check_int64(op, "workspace", workspace, workspace.numel());
+  const Tensor* present[] = {&token, &finished, &length, &step, &workspace, &eos};
+  for (const Tensor* t : present)
+    check_device(op, "token, finished, length, step, workspace and eos", *t, "logits", logits);
+  p.max_steps = history.size(0);
+  p.logits = static_cast<const float*>(logits.data_ptr()), p.eos = int64_of(eos);
+  p.token = int64_of(token), p.finished = int64_of(finished), p.history = int64_of(history);
+  p.length = int64_of(length), p.step = int64_of(step), p.workspace = workspace.data_ptr();
+  if (p.batch == 0) return;
+  DeviceGuard guard(logits);
+  hf_fuse::decode_select(p, stream_of(logits));
+}
+
+}  // namespace bindings
+}  // namespace hf_fuse
+
+#ifndef HF_FUSE_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
+  // out = epilogue(weights @ norm(x) + biases)
+  m.def(
+      "decode_linear(Tensor(a!) out, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+      "bool rms, Tensor weight1, Tensor? weight2, Tensor? weight3, Tensor? bias1, Tensor? bias2, "
+      "Tensor? bias3, int epilogue, int act) -> ()");
+  // q, k, v into out, k and v into the caches at length
+  m.def(
+      "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, "
+      "Tensor length, Tensor start, Tensor? inv_freq, float rope_scale, bool interleaved, float "
+      "scaling) -> ()");
+  // the embedding of token into residual
+  m.def(
+      "decode_embed(Tensor(a!) residual, Tensor token, Tensor table, Tensor? positions, Tensor "
+      "length, Tensor start) -> ()");
+  // the largest logit into token and history; length and step advance
+  m.def(
+      "decode_select(Tensor(a!) token, Tensor(b!) finished, Tensor(c!) history, Tensor(d!) length, "
+      "Tensor(e!) step, Tensor(f!) workspace, Tensor logits, Tensor eos, int pad, int min_step=0) "
+      "-> ()");
+}
+#define HF_FUSE_KEY CPU
+#else
+#define HF_FUSE_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(hf_fuse, HF_FUSE_KEY, m) {
+  m.impl("decode_linear", TORCH_BOX(&hf_fuse::bindings::decode_linear));
+  m.impl("decode_attention", TORCH_BOX(&hf_fuse::bindings::decode_attention));
+  m.impl("decode_embed", TORCH_BOX(&hf_fuse::bindings::decode_embed));
+  m.impl("decode_select", TORCH_BOX(&hf_fuse::bindings::decode_select));
+}

@@ -1,0 +1,92 @@
+// The launchers of a decoding step: one new token for each sequence of a batch. csrc/cpu and
+// csrc/cuda each implement all of them; csrc/decode_bindings.cpp checks and calls them.
+//
+// Between kernels a step keeps the residual stream, q, k, v and the logits in fp32; the attention
+// output and the MLP's middle have the model's dtype. Everything is contiguous but for the row
+// strides named here. Conventions as in ops.h.
+#pragma once
+#include "ops.h"
+
+namespace hf_fuse {
+
+enum class Epilogue {
+  kStore,  // out = y, fp32
+  kAct,    // out = act(y), the dtype
+  kGated,  // out = act(y of the first weight) * (y of the second), the dtype
+  kAdd,    // out += y, fp32
+};
+
+// y[b, r] = sum_k weight[r, k] * n[b, k] + bias[r], over the rows of all the weights in turn, where
+// n is the norm of x (x then is fp32), or x itself (the dtype). Sums are fp32, in a fixed order.
+// The norm rounds nothing: rms: n = x * rsqrt(mean(x^2) + eps) * norm_weight,
+// layer: n = (x - mean(x)) * rsqrt(var(x) + eps) * norm_weight + norm_bias.
+struct DecodeLinear {
+  struct Rows {
+    const void* weight;  // [rows, size]
+    const void* bias;    // [rows], or null
+    int64_t rows, stride;
+  };
+  DType dtype;
+  int64_t batch, size;
+  const void* x;                        // [batch, size]; fp32 with a norm, else the dtype
+  const void *norm_weight, *norm_bias;  // [size], or null
+  double eps;
+  bool rms;
+  int num_weights;  // 1 to 3; kGated: 2 of as many rows
+  Rows weights[3];
+  Epilogue epilogue;
+  Act act;
+  void* out;  // [batch, all rows; kGated: the first's]
+};
+void decode_linear(const DecodeLinear& p, void* stream);
+
+// One query for each sequence b over its cache, the new key and value included, which are rotated
+// (the key), rounded to the dtype and written to slot `length`. Slots start[b] to `length` are
+// attended to; the position, for rotation, is length - start[b]. Rotation: half-split over the
+// first rotary_dim elements of a head by the angles position * inv_freq[i], cos and sin times
+// rope_scale. Softmax and sums in fp32, in a fixed order.
+struct DecodeAttention {
+  DType dtype;
+  int64_t batch, num_heads, num_kv_heads, head_dim, capacity, rotary_dim;
+  const float* qkv;  // [batch, qkv_stride]
+  int64_t qkv_stride;
+  int64_t k_offset, v_offset;  // of the first head, in elements, q's is at 0
+  int64_t q_head_stride, kv_head_stride;
+  const float* inv_freq;          // [rotary_dim / 2]; null without rotation
+  float rope_scale, scaling;      // scaling multiplies q k
+  void *key_cache, *value_cache;  // [batch, num_kv_heads, capacity, head_dim], strides:
+  int64_t key_batch_stride, key_head_stride, value_batch_stride, value_head_stride;
+  const int64_t *length, *start;  // [1], [batch], on the device
+  void* out;                      // [batch, num_heads, head_dim], the dtype
+};
+void decode_attention(const DecodeAttention& p, void* stream);
+
+// residual[b] = table[token[b]] (+ positions[length - start[b]]), in fp32.
+struct DecodeEmbed {
+  DType dtype;
+  int64_t batch, size, vocab, num_positions;
+  const int64_t* token;           // [batch]
+  const void *table, *positions;  // [vocab, size]; [num_positions, size] or null
+  const int64_t *length, *start;
+  float* residual;  // [batch, size]
+};
+void decode_embed(const DecodeEmbed& p, void* stream);
+
+// token[b] = the first index of the largest logits[b]; pad for a sequence that had finished. It is
+// also written to history[step, b], finished[b] is set if it is one of eos, and length and step
+// advance by one. A NaN counts as the largest, as in torch.argmax. While step < min_step, the
+// logits of eos count as -inf.
+struct DecodeSelect {
+  int64_t batch, vocab, num_eos, max_steps;
+  const float* logits;  // [batch, vocab]
+  const int64_t* eos;   // [num_eos]
+  int64_t pad, min_step;
+  int64_t *token, *finished;  // [batch]
+  int64_t* history;           // [max_steps, batch], on the device or pinned on the host
+  int64_t *length, *step;     // [1]
+  void* workspace;            // decode_select_workspace_size() bytes, zero at first
+};
+int64_t decode_select_workspace_size(int64_t batch);
+void decode_select(const DecodeSelect& p, void* stream);
+
+}  // namespace hf_fuse

@@ -1,0 +1,181 @@
+"""The decode engine: one step of a DecoderSpec for a batch of sequences over their KV caches.
+
+A step embeds each sequence's token, runs the layers, selects the next token and moves one position
+on, all on the device. On a GPU it is captured once in a CUDA graph and replayed; position and
+token live in device tensors, so one graph serves every step.
+
+Between kernels the residual stream, q, k, v and the logits are fp32. That costs nothing at these
+sizes and is closer to the fp32 model than rounding them to bfloat16 would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_fuse import ops
+from hf_fuse.decode.spec import DecoderSpec, LayerSpec
+from hf_fuse.ops.decode_select import workspace
+
+CAPACITY_STEP = 256  # cache slots are allocated in steps of this, so that engines are used again
+EXTRA_STEPS = 2  # the host is a step behind: a finished sequence is stepped once more
+
+
+class DecodeEngine:
+    """Buffers, caches and (on a GPU) the captured step for `batch` sequences of up to `capacity`
+    tokens.
+    """
+
+    def __init__(self, spec: DecoderSpec, batch: int, capacity: int, backend: str = "auto"):
+        self.spec, self.batch, self.backend = spec, batch, backend
+        self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
+        self.fingerprint = spec.fingerprint()
+        self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._ending: tuple = ()  # what a captured step has taken as constants
+
+        cache = (batch, spec.num_kv_heads, self.capacity, spec.head_dim)
+        self.keys = [self._empty(*cache, dtype=self.dtype) for _ in spec.layers]
+        self.values = [self._empty(*cache, dtype=self.dtype) for _ in spec.layers]
+        self.token, self.finished, self.start = (self._zeros(batch) for _ in range(3))
+        self.length, self.step = self._zeros(1), self._zeros(1)
+        pinned = self.device.type == "cuda"
+        self.history = torch.zeros(self.capacity, batch, dtype=torch.int64, pin_memory=pinned)
+        self.eos, self.pad, self.min_step = self._zeros(0), 0, 0
+        self._select_scratch = workspace(batch, self.device)
+
+        hidden, heads = spec.embedding.shape[1], spec.num_heads
+        self._residual = self._empty(batch, hidden)
+        self._qkv = self._empty(batch, (heads + 2 * spec.num_kv_heads) * spec.head_dim)
+        self._attended = self._empty(batch, heads, spec.head_dim, dtype=self.dtype)
+        self._middles = {
+            rows: self._empty(batch, rows, dtype=self.dtype)
+            for rows in {_middle_rows(layer) for layer in spec.layers}
+        }
+        self.logits = self._empty(batch, sum(len(w) for w in spec.head.weights))
+
+    def begin(
+        self,
+        length: int,
+        start: Tensor,
+        eos: Sequence[int],
+        pad: int,
+        min_step: int = 0,
+    ) -> None:
+        """Start at `length` tokens in the caches, of which start[b] are padding. The caches hold
+        them already; `select` then takes the logits of the last one. Before step `min_step` no
+        token is one of `eos`.
+        """
+        ending = (tuple(eos), pad, min_step)
+        if ending != self._ending:
+            self._graph = None
+            self._ending = ending
+            self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
+            self.pad, self.min_step = pad, min_step
+        self.start.copy_(start)
+        self.length.fill_(length - 1)  # select moves on to the slot the new token will take
+        self.step.zero_()
+        self.finished.zero_()
+
+    def select(self, logits: Tensor | None = None) -> None:
+        """Take the next token from `logits` [batch, vocab], or from those of the last step."""
+        if logits is not None:
+            self.logits.copy_(logits)
+        ops.decode_select(
+            self.token, self.finished, self.history, self.length, self.step,
+            self._select_scratch, self.logits, self.eos, self.pad, self.min_step,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def advance(self) -> None:
+        """One step: the logits after `token`, and the next token from them. On a GPU it is only
+        launched.
+        """
+        if self.device.type != "cuda":
+            self._run()
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+
+    def _run(self) -> None:
+        spec, backend = self.spec, self.backend
+        ops.decode_embed(
+            self._residual, self.token, spec.embedding, spec.positions, self.length, self.start,
+            backend=backend,
+        )  # fmt: skip
+        for index, layer in enumerate(spec.layers):
+            self._layer(layer, self.keys[index], self.values[index])
+        ops.decode_linear(
+            self.logits, self._residual, spec.head.weights, spec.head.biases,
+            norm=spec.final_norm.arguments, backend=backend,
+        )  # fmt: skip
+        self.select()
+
+    def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
+        spec, residual, backend = self.spec, self._residual, self.backend
+        middle = self._middles[_middle_rows(layer)]
+        ops.decode_linear(
+            self._qkv, residual, layer.qkv.weights, layer.qkv.biases,
+            norm=layer.attention_norm.arguments, backend=backend,
+        )  # fmt: skip
+        ops.decode_attention(
+            self._attended, self._qkv, keys, values, self.length, self.start,
+            scaling=layer.scaling, inv_freq=spec.inv_freq, rope_scale=spec.rope_scale,
+            interleaved=spec.interleaved, backend=backend,
+        )  # fmt: skip
+
+        def mlp_in() -> None:
+            ops.decode_linear(
+                middle, residual, layer.mlp_in.weights, layer.mlp_in.biases,
+                norm=layer.mlp_norm.arguments, epilogue="gated" if layer.gated else "act",
+                act=layer.act, backend=backend,
+            )  # fmt: skip
+
+        if layer.parallel:  # before attention is added to what it reads
+            mlp_in()
+        ops.decode_linear(
+            residual, self._attended.view(self.batch, -1), layer.attention_out.weights,
+            layer.attention_out.biases, epilogue="add", backend=backend,
+        )  # fmt: skip
+        if not layer.parallel:
+            mlp_in()
+        ops.decode_linear(
+            residual, middle, layer.mlp_out.weights, layer.mlp_out.biases, epilogue="add",
+            backend=backend,
+        )  # fmt: skip
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph. Its first run, uncaptured, builds what is built once; then the state
+        is put back. (What that run wrote to the caches and the history is written again.)
+        """
+        state = [t.clone() for t in (self.token, self.finished, self.length, self.step)]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._run()
+            for t, before in zip(
+                (self.token, self.finished, self.length, self.step), state, strict=True
+            ):
+                t.copy_(before)
+            stream.synchronize()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._run()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return graph
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+
+def _middle_rows(layer: LayerSpec) -> int:
+    rows = [len(w) for w in layer.mlp_in.weights]
+    return rows[0] if layer.gated else sum(rows)

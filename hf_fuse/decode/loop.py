@@ -1,0 +1,373 @@
+"""`generate`'s decoding loop over the engine.
+
+`Generates` is mixed into the fused ForCausalLM classes. transformers looks the loop up on the class
+(`_sample`), so the override takes what the engine supports and hands every other call to
+transformers' own loop, which runs over the patched layers; the report counts both, with the reason.
+
+The loop differs from transformers' in one thing: the host reads each token while the device is
+already a step further, so the device never waits for it. A sequence that ends is stepped once too
+often, and that step is forgotten.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    StaticCache,
+    StaticLayer,
+)
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
+
+from hf_fuse.decode.engine import DecodeEngine
+from hf_fuse.decode.spec import DecoderSpec, Unsuited, refuse_hooks, store_as_before
+from hf_fuse.modules import state_of, step_aside
+from hf_fuse.ops._library import kernels
+
+# What `generate` passes beside the ids that the engine knows the meaning of.
+KNOWN_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+}
+PLAIN_CACHES = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}
+_KEPT = "_hf_fuse_decode"  # the key in a model's __dict__
+
+
+class Kept:
+    """The engine of one model, for one thread at a time. Never saved or copied with the model."""
+
+    def __init__(self) -> None:
+        self.engine: DecodeEngine | None = None
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Kept, ()
+
+
+class Generates(nn.Module):
+    """A ForCausalLM whose `generate` decodes on the engine where it can."""
+
+    def decoder_spec(self) -> DecoderSpec:
+        """The model as data. Raises Unsuited."""
+        raise NotImplementedError
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        def by_transformers(reason: str) -> Any:
+            state_of(self).notes[f"generate: {reason}"] += 1
+            return super(Generates, self)._sample(  # type: ignore[misc]
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+
+        kept: Kept = self.__dict__.setdefault(_KEPT, Kept())
+        if not kept.lock.acquire(blocking=False):
+            return by_transformers("the engine is in use by another thread")
+        try:
+            call = Call(self, input_ids, generation_config, stopping_criteria, model_kwargs)
+            call.take_processors(logits_processor)
+            call.check(synced_gpus)
+            engine = call.engine(kept)
+        except Unsuited as reason:
+            kept.lock.release()
+            return by_transformers(str(reason))
+        except torch.OutOfMemoryError:
+            kept.lock.release()
+            kept.engine = None
+            return by_transformers("no memory for the engine's caches")
+        except BaseException:
+            kept.lock.release()
+            raise
+        try:
+            return call.run(engine, streamer)
+        finally:
+            kept.lock.release()
+
+
+def forget(model: nn.Module) -> None:
+    """Free what the engine of `model` holds, and undo what it did to the weights' storage."""
+    if model.__dict__.pop(_KEPT, None) is not None:
+        store_as_before(model)
+
+
+class Call:
+    """One call of `generate` that the engine may take."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        config: Any,
+        stopping_criteria: StoppingCriteriaList,
+        kwargs: dict[str, Any],
+    ):
+        self.model, self.input_ids, self.config, self.kwargs = model, input_ids, config, kwargs
+        self.batch, self.prompt = input_ids.shape
+        self.eos: list[int] = []
+        self.max_length: int | None = None
+        self.deadlines: list[float] = []
+        self.unknown_criteria: list[str] = []
+        for criterion in stopping_criteria:
+            if type(criterion) is MaxLengthCriteria:
+                self.max_length = criterion.max_length
+            elif type(criterion) is EosTokenCriteria:
+                self.eos += criterion.eos_token_id.flatten().tolist()
+            elif type(criterion) is MaxTimeCriteria:
+                self.deadlines.append(criterion.initial_timestamp + criterion.max_time)
+            else:
+                self.unknown_criteria.append(type(criterion).__name__)
+
+    def take_processors(self, processors: Any) -> None:
+        """Raise Unsuited for any but those that keep a sequence from ending early."""
+        self.min_step = 0
+        names = [type(p).__name__ for p in processors]
+        for processor in processors:
+            if type(processor) is MinNewTokensLengthLogitsProcessor:
+                least = processor.min_new_tokens
+            elif type(processor) is MinLengthLogitsProcessor:
+                least = processor.min_length - self.prompt
+            else:
+                raise Unsuited(f"logits processors: {', '.join(names)}")
+            if sorted(processor.eos_token_id.flatten().tolist()) != sorted(self.eos):
+                raise Unsuited(f"{type(processor).__name__} with an eos of its own")
+            if self.config.output_scores:
+                raise Unsuited(f"output_scores with {type(processor).__name__}")
+            self.min_step = max(self.min_step, least)
+
+    def check(self, synced_gpus: bool) -> None:
+        """Raise Unsuited for what only transformers' loop does."""
+        config, kwargs, model = self.config, self.kwargs, self.model
+        others = sorted(k for k, v in kwargs.items() if v is not None and k not in KNOWN_KWARGS)
+        checks = [
+            (step_aside(), "torch.compile traces it"),
+            (config.do_sample, "sampling"),
+            (
+                bool(self.unknown_criteria),
+                "stopping criteria: " + ", ".join(self.unknown_criteria),
+            ),
+            (self.max_length is None, "no maximum length"),
+            (config.output_attentions, "output_attentions"),
+            (config.output_hidden_states, "output_hidden_states"),
+            (config.prefill_chunk_size is not None, "prefill_chunk_size"),
+            (getattr(config, "is_assistant", False), "assisted decoding"),
+            (synced_gpus, "synced_gpus"),
+            (not kwargs.get("use_cache", True), "use_cache=False"),
+            (bool(others), "model inputs: " + ", ".join(others)),
+            (model.training, "training mode"),
+            (torch.is_autocast_enabled(self.input_ids.device.type), "autocast"),
+            (state_of(model).backend == "reference", 'backend="reference"'),
+            (self.batch == 0 or self.prompt == 0, "an empty prompt"),
+        ]
+        for found, reason in checks:
+            if found:
+                raise Unsuited(reason)
+        _check_cache(kwargs.get("past_key_values"), self.max_length)
+        if not kernels(self.input_ids.device.type):
+            raise Unsuited("the kernels could not be built")
+
+    def engine(self, kept: Kept) -> DecodeEngine:
+        """The engine kept from an earlier call if it fits, or a new one. Raises Unsuited."""
+        refuse_hooks(self.model)
+        spec = self.model.decoder_spec()
+        spec.check()
+        assert self.max_length is not None
+        if spec.embedding.device != self.input_ids.device:
+            raise Unsuited("input_ids are on another device than the model")
+        if spec.positions is not None and self.max_length > len(spec.positions):
+            raise Unsuited("max_length is beyond the learned positions")
+        self.start = _left_padding(self.kwargs.get("attention_mask"), self.batch)
+        self._check_positions()
+        engine = kept.engine
+        if (
+            engine is None
+            or engine.batch != self.batch
+            or engine.capacity < self.max_length + 2
+            or engine.fingerprint != spec.fingerprint()
+        ):
+            kept.engine = None  # the old one's memory first
+            kept.engine = engine = DecodeEngine(
+                spec, self.batch, self.max_length, state_of(self.model).backend
+            )
+        return engine
+
+    def _check_positions(self) -> None:
+        """Raise Unsuited unless each sequence's positions count from its first token."""
+        given, mask = self.kwargs.get("position_ids"), self.kwargs.get("attention_mask")
+        if given is None:
+            return
+        length = self.prompt if mask is None else mask.shape[1]
+        expected = torch.arange(length)[-given.shape[-1] :] - self.start[:, None]
+        if not bool(((given.cpu() == expected) | (expected < 0)).all()):
+            raise Unsuited("position_ids of the caller's own")
+
+    def run(self, engine: DecodeEngine, streamer: Any) -> Any:
+        """Prefill, then a token at a time."""
+        outputs = self.model._prefill(self.input_ids, self.config, self.kwargs)
+        cache = outputs.past_key_values
+        length = _fill(engine, cache)
+        engine.begin(length, self.start.to(engine.device), self.eos, self._pad(), self.min_step)
+        keep_logits = self.config.return_dict_in_generate and (
+            self.config.output_scores or self.config.output_logits
+        )
+        tokens: list[Tensor] = []
+        logits: list[Tensor] = []
+        with torch.no_grad():
+            engine.select(outputs.logits[:, -1].float())
+            del outputs
+            for row in self._rows(engine, logits if keep_logits else None):
+                tokens.append(row)
+                if streamer is not None:
+                    streamer.put(row)
+        if streamer is not None:
+            streamer.end()
+        new = torch.stack(tokens, dim=1).to(self.input_ids.device)
+        sequences = torch.cat([self.input_ids, new], dim=-1)
+        if self._cache_outlives(cache):
+            _return(engine, cache, length, length + len(tokens) - 1)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        kept = tuple(logits[: len(tokens)])
+        return GenerateDecoderOnlyOutput(
+            sequences=cast(Any, sequences),
+            scores=cast(Any, kept) if self.config.output_scores else None,
+            logits=cast(Any, kept) if self.config.output_logits else None,
+            past_key_values=cache,
+        )
+
+    def _rows(self, engine: DecodeEngine, logits: list[Tensor] | None) -> Iterator[Tensor]:
+        """The tokens of each step, [batch] on the host, until all sequences have ended."""
+        assert self.max_length is not None
+        steps = self.max_length - self.input_ids.shape[1]
+        ended = torch.zeros(self.batch, dtype=torch.bool)
+        eos = torch.tensor(self.eos)
+        wait = _Behind(engine.device)
+        for step in range(steps):
+            if logits is not None:
+                logits.append(engine.logits.clone())
+            wait.mark()
+            ahead = wait.ahead and step + 1 < steps
+            if ahead:
+                engine.advance()
+            wait.reach()
+            row = engine.history[step].clone()
+            yield row
+            ended |= torch.isin(row, eos)
+            if bool(ended.all()) or any(time.time() > d for d in self.deadlines):
+                return
+            if not ahead and step + 1 < steps:
+                engine.advance()
+
+    def _pad(self) -> int:
+        pad = self.config._pad_token_tensor
+        return 0 if pad is None else int(pad)
+
+    def _cache_outlives(self, cache: Cache) -> bool:
+        return self.config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+
+
+class _Behind:
+    """Waits on the host for a marked point of the device's work while the device goes on."""
+
+    def __init__(self, device: torch.device):
+        self.ahead = device.type == "cuda"
+        self._event = torch.cuda.Event() if self.ahead else None
+
+    def mark(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def reach(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+def _check_cache(cache: Any, max_length: int | None) -> None:
+    if cache is None:
+        raise Unsuited("no cache")
+    kind = PLAIN_CACHES.get(type(cache))
+    if kind is None or any(type(layer) is not kind for layer in cache.layers):
+        layers = {type(layer).__name__ for layer in cache.layers}
+        raise Unsuited(f"the cache is a {type(cache).__name__} of {', '.join(sorted(layers))}")
+    if getattr(cache, "offloading", False):
+        raise Unsuited("an offloaded cache")
+    if kind is StaticLayer and max_length and cache.get_max_length() < max_length - 1:
+        raise Unsuited("the static cache is too short")
+
+
+def _left_padding(mask: Tensor | None, batch: int) -> Tensor:
+    """[batch]: how many padding tokens each sequence begins with. Raises Unsuited for any other
+    mask.
+    """
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    if mask.dim() != 2:
+        raise Unsuited("an attention mask that is not [batch, length]")
+    mask = mask.cpu() != 0
+    start = (~mask).sum(-1)
+    expected = torch.arange(mask.shape[1]) >= start[:, None]
+    if not torch.equal(mask, expected) or bool((start == mask.shape[1]).any()):
+        raise Unsuited("an attention mask with other than left padding")
+    return start
+
+
+def _fill(engine: DecodeEngine, cache: Any) -> int:
+    """Copy what the prefill cached into the engine; returns how many tokens that is."""
+    length = int(cache.get_seq_length())
+    for layer, keys, values in zip(cache.layers, engine.keys, engine.values, strict=True):
+        keys[:, :, :length].copy_(layer.keys[:, :, :length])
+        values[:, :, :length].copy_(layer.values[:, :, :length])
+    return length
+
+
+def _return(engine: DecodeEngine, cache: Cache, length: int, end: int) -> None:
+    """Append the tokens the engine cached, from `length` to `end`, to a cache that outlives it."""
+    if end <= length:
+        return
+    for index, (keys, values) in enumerate(zip(engine.keys, engine.values, strict=True)):
+        cache.update(keys[:, :, length:end], values[:, :, length:end], index)
+
+
+@contextmanager
+def engine_of(model: nn.Module) -> Iterator[DecodeEngine | None]:
+    """The engine that `model` keeps, held for the block; for evaluation and tests."""
+    kept = model.__dict__.get(_KEPT)
+    if kept is None:
+        yield None
+        return
+    with kept.lock:
+        yield kept.engine

@@ -1,0 +1,386 @@
+"""generate on the decode engine: transformers' tokens; transformers' loop where it stands back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from models import (
+    LLAMA,
+    PLAIN,
+    TRAINED,
+    VARIANTS,
+    Case,
+    cases,
+    heads_of_16,
+    padded,
+    tokens_for,
+)
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import hf_fuse
+from hf_fuse.decode.loop import engine_of
+from hf_fuse.modules import state_of
+
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+
+
+def steps_taken(model: nn.Module) -> int:
+    """How many tokens the engine selected in the last call; 0 without an engine."""
+    with engine_of(model) as engine:
+        return 0 if engine is None else int(engine.step)
+
+
+def left_to_transformers(model: nn.Module) -> list[str]:
+    return [note.removeprefix("generate: ") for note in state_of(model).notes]
+
+
+def compare(model: PreTrainedModel, new: int = 24, **inputs: Any) -> Any:
+    """Greedy tokens of the engine and of the unpatched model are the same; returns the former."""
+    arguments = {"max_new_tokens": new, **GREEDY, **inputs}
+    expected = model.generate(**copy.deepcopy(arguments))
+    hf_fuse.patch(model, verify=False)
+    actual = model.generate(**arguments)
+    sequences = [x if isinstance(x, Tensor) else x.sequences for x in (actual, expected)]
+    assert sequences[0].tolist() == sequences[1].tolist()
+    assert left_to_transformers(model) == []
+    assert steps_taken(model) >= sequences[0].shape[1] - inputs["input_ids"].shape[1]
+    return actual, expected
+
+
+@cases(VARIANTS, TRAINED)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_greedy_tokens_are_the_unpatched_models(case: Case, batch: int, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    ids = tokens_for(model, batch, 19)
+    compare(model, 128, **(padded(ids, "left") if batch > 1 else {"input_ids": ids}))
+
+
+@cases(PLAIN)
+def test_one_new_token_and_one_token_of_prompt(case: Case, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    compare(model, 1, input_ids=tokens_for(model, 2, 1))
+    hf_fuse.unpatch(model)
+    compare(model, 5, input_ids=tokens_for(model, 2, 1))
+
+
+@cases(PLAIN)
+def test_sequences_end_at_any_of_several_eos(case: Case, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    inputs = padded(tokens_for(model, 4, 13), "left")
+    free = model.generate(**inputs, max_new_tokens=20, **GREEDY)[:, 13:]
+    eos = [int(free[0, 4]), int(free[1, 7]), int(free[2, 0]), int(free[3, 11])]
+    actual, _ = compare(model, 20, eos_token_id=eos, **inputs)
+    assert actual.shape[1] < 13 + 20
+    assert model.generate(**inputs, max_new_tokens=20, **GREEDY)[:, 13:].tolist() == free.tolist()
+
+
+@cases(PLAIN)
+@pytest.mark.parametrize("least", [{"min_new_tokens": 9}, {"min_length": 13 + 9}])
+def test_sequences_do_not_end_before_a_least_length(
+    case: Case, least: dict[str, int], device: str
+) -> None:
+    model = heads_of_16(case).build(device=device)
+    inputs = padded(tokens_for(model, 3, 13), "left")
+    free = model.generate(**inputs, max_new_tokens=20, **GREEDY)[:, 13:]
+    eos = [int(free[0, 2]), int(free[1, 4]), int(free[2, 12])]
+    actual, _ = compare(model, 20, eos_token_id=eos, **least, **inputs)
+    assert not torch.isin(actual[:, 13 : 13 + 9].cpu(), torch.tensor(eos)).any()
+
+
+def test_eos_as_the_first_token(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    ids = tokens_for(model, 1, 9)
+    first = int(model.generate(input_ids=ids, max_new_tokens=1, **GREEDY)[0, -1])
+    actual, _ = compare(model, 9, input_ids=ids, eos_token_id=first)
+    assert actual.shape[1] == 10
+
+
+@cases(PLAIN)
+def test_scores_logits_and_cache_are_returned(case: Case, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    actual, expected = compare(model, 12, input_ids=tokens_for(model, 2, 7), **wanted)
+    for name in ("scores", "logits"):
+        ours, theirs = torch.stack(getattr(actual, name)), torch.stack(getattr(expected, name))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours, theirs = actual.past_key_values, expected.past_key_values
+    assert type(ours) is type(theirs)
+    assert ours.get_seq_length() == theirs.get_seq_length() == 7 + 11
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(mine.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.values, other.values, rtol=1e-4, atol=1e-4)
+
+
+@cases(PLAIN)
+@pytest.mark.parametrize("cache_type", [DynamicCache, StaticCache])
+def test_a_cache_passed_in_is_continued(case: Case, cache_type: Any, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    size = {"max_cache_len": 60} if cache_type is StaticCache else {}
+    ids = tokens_for(model, 2, 9)
+    arguments = {"max_new_tokens": 10, **GREEDY}
+
+    def two_calls() -> tuple[Tensor, int]:
+        cache = cache_type(config=model.config, **size)
+
+        def call(ids: Tensor) -> Tensor:
+            mask = torch.ones_like(ids)
+            return model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments
+            )
+
+        second = call(torch.cat([call(ids), ids[:, :3]], -1))
+        return second, int(cache.get_seq_length())
+
+    expected, expected_length = two_calls()
+    hf_fuse.patch(model)
+    actual, length = two_calls()
+    assert actual.tolist() == expected.tolist()
+    assert length == expected_length
+    assert left_to_transformers(model) == []
+
+
+class Listener(BaseStreamer):
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def put(self, value: Tensor) -> None:
+        self.heard.append(value.tolist())
+
+    def end(self) -> None:
+        self.heard.append("end")
+
+
+def test_streamer_hears_what_it_heard(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    ids, heard = tokens_for(model, 1, 6), []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model)
+        listener = Listener()
+        model.generate(input_ids=ids, max_new_tokens=7, streamer=listener, **GREEDY)
+        heard.append(listener.heard)
+    assert heard[0] == heard[1]
+    assert steps_taken(model) == 7
+
+
+def test_max_time_stops(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    hf_fuse.patch(model)
+    out = model.generate(
+        input_ids=tokens_for(model, 1, 6), max_new_tokens=140, max_time=0.0, **GREEDY
+    )
+    assert out.shape[1] == 7
+    assert left_to_transformers(model) == []
+
+
+class Shift(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.roll(1, -1)
+
+
+class AfterFour:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 10, device=input_ids.device)
+
+
+ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
+    "a logits processor": ({"logits_processor": LogitsProcessorList([Shift()])}, "Shift"),
+    "a stopping criterion": (
+        {"stopping_criteria": StoppingCriteriaList([AfterFour()])},
+        "AfterFour",
+    ),
+    "hidden states": (
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        "output_hidden_states",
+    ),
+    "no cache": ({"use_cache": False}, "cache"),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_what_the_engine_leaves_to_transformers(what: str, device: str) -> None:
+    options, reason = ELSEWHERE[what]
+    model = heads_of_16(LLAMA).build(device=device)
+    ids = tokens_for(model, 2, 6)
+    expected = model.generate(input_ids=ids, max_new_tokens=9, **GREEDY, **options)
+    hf_fuse.patch(model)
+    actual = model.generate(input_ids=ids, max_new_tokens=9, **GREEDY, **options)
+    pair = [x if isinstance(x, Tensor) else x.sequences for x in (actual, expected)]
+    assert pair[0].tolist() == pair[1].tolist()
+    assert reason in left_to_transformers(model)[0]
+    assert reason in str(hf_fuse.report(model))
+    assert steps_taken(model) == 0
+
+
+def test_right_padding_hooks_training_and_own_positions_go_elsewhere(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    hf_fuse.patch(model)
+    ids = tokens_for(model, 2, 6)
+    calls: dict[str, Any] = {"left padding": padded(ids, "right"), "forward hooks": {}}
+    for reason, inputs in calls.items():
+        handle = None
+        if not inputs:
+            handle = model.model.layers[0].mlp.register_forward_hook(lambda *a: None)
+        model.generate(**{"input_ids": ids, **inputs}, max_new_tokens=2, **GREEDY)
+        assert reason in left_to_transformers(model)[-1]
+        if handle:
+            handle.remove()
+    model.train().generate(input_ids=ids, max_new_tokens=2, **GREEDY)
+    assert "training mode" in left_to_transformers(model)
+    own = torch.arange(3, 9, device=device).expand(2, 6)
+    model.eval().generate(input_ids=ids, position_ids=own, max_new_tokens=2, **GREEDY)
+    assert "position_ids of the caller's own" in left_to_transformers(model)
+
+
+@cases(PLAIN)
+def test_weights_that_change_between_calls_are_seen(case: Case, device: str) -> None:
+    model, other = (
+        heads_of_16(case).build(device=device),
+        heads_of_16(case).build(device=device, seed=1),
+    )
+    ids = tokens_for(model, 1, 8)
+    hf_fuse.patch(model)
+    arguments = {"input_ids": ids, "max_new_tokens": 12, **GREEDY}
+    before = model.generate(**arguments)
+    expected = other.generate(**arguments)
+    for (name, parameter), new in zip(
+        list(model.named_parameters()), other.parameters(), strict=True
+    ):
+        if name.endswith("norm.weight"):  # in place
+            parameter.data.copy_(new)
+        else:  # another parameter
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(new.detach().clone()))
+    model.tie_weights()
+    assert model.generate(**arguments).tolist() == expected.tolist() != before.tolist()
+
+
+def test_longer_calls_and_other_batches_make_the_engine_anew(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device, max_position_embeddings=1024)
+    for batch, new in ((1, 10), (1, 300), (3, 10), (1, 12)):
+        hf_fuse.unpatch(model) if batch == 3 else None
+        compare(model, new, input_ids=tokens_for(model, batch, 5))
+        hf_fuse.unpatch(model)
+
+
+def test_dtype_changes_and_half_precision(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    ids = tokens_for(model, 1, 8)
+    hf_fuse.patch(model)
+    model.generate(input_ids=ids, max_new_tokens=4, **GREEDY)
+    model.to(torch.bfloat16)
+    assert model.generate(input_ids=ids, max_new_tokens=4, **GREEDY).shape == (1, 12)
+    with engine_of(model) as engine:
+        assert engine is not None
+        assert engine.dtype == torch.bfloat16
+    assert left_to_transformers(model) == []
+
+
+@cases(PLAIN)
+def test_unpatch_gives_the_weights_back_as_they_lay(case: Case, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    strides = {n: p.stride() for n, p in model.named_parameters()}
+    ids = tokens_for(model, 1, 8)
+    before = model(ids).logits
+    keys = {name: set(m.__dict__) for name, m in model.named_modules()}
+    hf_fuse.patch(model)
+    model.generate(input_ids=ids, max_new_tokens=4, **GREEDY)
+    hf_fuse.unpatch(model)
+    assert {n: p.stride() for n, p in model.named_parameters()} == strides
+    assert {name: set(m.__dict__) for name, m in model.named_modules()} == keys
+    assert torch.equal(model(ids).logits, before)
+    assert type(model).__mro__[0].__module__.startswith("transformers")
+
+
+@cases(PLAIN)
+def test_copies_pickles_and_checkpoints_after_generating(
+    case: Case, device: str, tmp_path: Any
+) -> None:
+    model = heads_of_16(case).build(device=device)
+    ids = tokens_for(model, 1, 8)
+    hf_fuse.patch(model)
+    arguments = {"input_ids": ids, "max_new_tokens": 6, **GREEDY}
+    expected = model.generate(**arguments).tolist()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).__mro__[2].from_pretrained(tmp_path).to(device).eval()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        assert other.generate(**arguments).tolist() == expected
+
+
+def test_an_interrupted_call_leaves_the_engine_usable(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    ids = tokens_for(model, 1, 8)
+    hf_fuse.patch(model)
+    arguments = {"input_ids": ids, "max_new_tokens": 6, **GREEDY}
+    expected = model.generate(**arguments).tolist()
+
+    class Interrupting(Listener):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.heard) == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(streamer=Interrupting(), **arguments)
+    assert model.generate(**arguments).tolist() == expected
+    assert left_to_transformers(model) == []
+
+
+def test_two_threads_get_their_own_answers(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    ids = [tokens_for(model, 1, 8, seed) for seed in range(4)]
+    arguments = {"max_new_tokens": 40, **GREEDY}
+    expected = [model.generate(input_ids=i, **arguments).tolist() for i in ids]
+    hf_fuse.patch(model)
+    found: dict[int, Any] = {}
+    threads = [
+        threading.Thread(
+            target=lambda n=n: found.update({n: model.generate(input_ids=ids[n], **arguments)})
+        )
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[n].tolist() for n in range(4)] == expected
+
+
+def test_heads_the_kernels_cannot_take_go_to_transformers(device: str) -> None:
+    model = LLAMA.build(device=device)
+    hf_fuse.patch(model)
+    model.generate(input_ids=tokens_for(model, 1, 8), max_new_tokens=5, **GREEDY)
+    expected = ["head_dim 12 is not a multiple of 8 up to 256"] if device == "cuda" else []
+    assert left_to_transformers(model) == expected
+
+
+def test_without_decode_the_class_stays(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    original = type(model)
+    hf_fuse.patch(model, ops={"add_norm", "rotary"})
+    assert type(model) is original
+    hf_fuse.patch(model, ops={"decode"})
+    assert type(model) is not original
+    assert type(model).__name__ == original.__name__
+    model.generate(input_ids=tokens_for(model, 1, 8), max_new_tokens=5, **GREEDY)
+    assert steps_taken(model) == 5
+
+
+def test_a_static_cache_too_short_goes_to_transformers() -> None:
+    model = heads_of_16(LLAMA).build(
+        device="cpu"
+    )  # on a GPU transformers' own error takes the context with it
+    hf_fuse.patch(model)
+    cache = StaticCache(config=model.config, max_cache_len=10)
+    ids = tokens_for(model, 1, 8)
+    with pytest.raises((IndexError, RuntimeError)):  # transformers' own
+        model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=9, **GREEDY)
+    assert "the static cache is too short" in left_to_transformers(model)

@@ -191,12 +191,52 @@ class AfterFour:
         return torch.full((len(input_ids),), input_ids.shape[1] >= 10, device=input_ids.device)
 
 
+HOST_SELECTED: dict[str, dict[str, Any]] = {
+    "temperature": {"do_sample": True, "temperature": 0.7},
+    "top_k": {"do_sample": True, "top_k": 7},
+    "top_p": {"do_sample": True, "top_p": 0.8},
+    "min_p": {"do_sample": True, "min_p": 0.05},
+    "all": {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.9},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "no_repeat_ngram": {"no_repeat_ngram_size": 2},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "a logits processor": {"logits_processor": LogitsProcessorList([Shift()])},
+    "a stopping criterion": {"stopping_criteria": StoppingCriteriaList([AfterFour()])},
+    "scores": {
+        "do_sample": True,
+        "top_k": 9,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+    },
+}
+
+
+@cases(PLAIN)
+@pytest.mark.parametrize("what", HOST_SELECTED)
+def test_sampling_and_processors_give_transformers_tokens(
+    case: Case, what: str, device: str
+) -> None:
+    model = heads_of_16(case).build(device=device)
+    inputs = padded(tokens_for(model, 2, 6), "left")
+    arguments = {**GREEDY, "max_new_tokens": 20, **inputs, **HOST_SELECTED[what]}
+    found = []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model, verify=False)
+        torch.manual_seed(5)
+        found.append(model.generate(**arguments))
+    expected, actual = (x if isinstance(x, Tensor) else x.sequences for x in found)
+    assert actual.tolist() == expected.tolist()
+    assert left_to_transformers(model) == []
+    assert steps_taken(model) == actual.shape[1] - 6 - 1  # the last token is not put
+    if what == "scores":
+        for name in ("scores", "logits"):
+            pair = [torch.stack(getattr(x, name)) for x in found]
+            torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
 ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
-    "a logits processor": ({"logits_processor": LogitsProcessorList([Shift()])}, "Shift"),
-    "a stopping criterion": (
-        {"stopping_criteria": StoppingCriteriaList([AfterFour()])},
-        "AfterFour",
-    ),
     "hidden states": (
         {"output_hidden_states": True, "return_dict_in_generate": True},
         "output_hidden_states",

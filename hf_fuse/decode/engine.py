@@ -33,7 +33,7 @@ class DecodeEngine:
         self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
         self.fingerprint = spec.fingerprint()
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # with the selection and without
         self._ending: tuple = ()  # what a captured step has taken as constants
 
         cache = (batch, spec.num_kv_heads, self.capacity, spec.head_dim)
@@ -70,7 +70,7 @@ class DecodeEngine:
         """
         ending = (tuple(eos), pad, min_step)
         if ending != self._ending:
-            self._graph = None
+            self._graphs.pop(True, None)
             self._ending = ending
             self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
             self.pad, self.min_step = pad, min_step
@@ -89,18 +89,24 @@ class DecodeEngine:
             backend=self.backend,
         )  # fmt: skip
 
-    def advance(self) -> None:
-        """One step: the logits after `token`, and the next token from them. On a GPU it is only
-        launched.
+    def put(self, token: Tensor) -> None:
+        """Take the next token from the caller, in place of `select`."""
+        self.token.copy_(token)
+        self.length.add_(1)
+        self.step.add_(1)
+
+    def advance(self, select: bool = True) -> None:
+        """One step: the logits after `token` and, with `select`, the next token from them. On a GPU
+        it is only launched.
         """
         if self.device.type != "cuda":
-            self._run()
+            self._run(select)
             return
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
+        if select not in self._graphs:
+            self._graphs[select] = self._capture(select)
+        self._graphs[select].replay()
 
-    def _run(self) -> None:
+    def _run(self, select: bool) -> None:
         spec, backend = self.spec, self.backend
         ops.decode_embed(
             self._residual, self.token, spec.embedding, spec.positions, self.length, self.start,
@@ -112,7 +118,8 @@ class DecodeEngine:
             self.logits, self._residual, spec.head.weights, spec.head.biases,
             norm=spec.final_norm.arguments, backend=backend,
         )  # fmt: skip
-        self.select()
+        if select:
+            self.select()
 
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
         spec, residual, backend = self.spec, self._residual, self.backend
@@ -147,7 +154,7 @@ class DecodeEngine:
             backend=backend,
         )  # fmt: skip
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, select: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph. Its first run, uncaptured, builds what is built once; then the state
         is put back. (What that run wrote to the caches and the history is written again.)
         """
@@ -155,7 +162,7 @@ class DecodeEngine:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._run()
+            self._run(select)
             for t, before in zip(
                 (self.token, self.finished, self.length, self.step), state, strict=True
             ):
@@ -163,7 +170,7 @@ class DecodeEngine:
             stream.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._run()
+                self._run(select)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(stream)

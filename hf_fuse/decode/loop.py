@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -137,6 +138,7 @@ class Call:
         kwargs: dict[str, Any],
     ):
         self.model, self.input_ids, self.config, self.kwargs = model, input_ids, config, kwargs
+        self.stopping_criteria = stopping_criteria
         self.batch, self.prompt = input_ids.shape
         self.eos: list[int] = []
         self.max_length: int | None = None
@@ -153,20 +155,21 @@ class Call:
                 self.unknown_criteria.append(type(criterion).__name__)
 
     def take_processors(self, processors: Any) -> None:
-        """Raise Unsuited for any but those that keep a sequence from ending early."""
-        self.min_step = 0
-        names = [type(p).__name__ for p in processors]
+        """Whether the device selects the tokens: the most likely ones, of sequences that may have a
+        least length. For anything else transformers' own processors do, on the engine's logits.
+        """
+        self.processors, self.min_step = processors, 0
+        self.selects_on_device = not (self.config.do_sample or self.unknown_criteria)
         for processor in processors:
             if type(processor) is MinNewTokensLengthLogitsProcessor:
                 least = processor.min_new_tokens
             elif type(processor) is MinLengthLogitsProcessor:
                 least = processor.min_length - self.prompt
             else:
-                raise Unsuited(f"logits processors: {', '.join(names)}")
-            if sorted(processor.eos_token_id.flatten().tolist()) != sorted(self.eos):
-                raise Unsuited(f"{type(processor).__name__} with an eos of its own")
-            if self.config.output_scores:
-                raise Unsuited(f"output_scores with {type(processor).__name__}")
+                self.selects_on_device = False
+                continue
+            same_eos = sorted(processor.eos_token_id.flatten().tolist()) == sorted(self.eos)
+            self.selects_on_device &= same_eos and not self.config.output_scores
             self.min_step = max(self.min_step, least)
 
     def check(self, synced_gpus: bool) -> None:
@@ -175,11 +178,6 @@ class Call:
         others = sorted(k for k, v in kwargs.items() if v is not None and k not in KNOWN_KWARGS)
         checks = [
             (step_aside(), "torch.compile traces it"),
-            (config.do_sample, "sampling"),
-            (
-                bool(self.unknown_criteria),
-                "stopping criteria: " + ", ".join(self.unknown_criteria),
-            ),
             (self.max_length is None, "no maximum length"),
             (config.output_attentions, "output_attentions"),
             (config.output_hidden_states, "output_hidden_states"),
@@ -241,15 +239,13 @@ class Call:
         cache = outputs.past_key_values
         length = _fill(engine, cache)
         engine.begin(length, self.start.to(engine.device), self.eos, self._pad(), self.min_step)
-        keep_logits = self.config.return_dict_in_generate and (
-            self.config.output_scores or self.config.output_logits
-        )
+        kept = Logits([], [])
         tokens: list[Tensor] = []
-        logits: list[Tensor] = []
         with torch.no_grad():
-            engine.select(outputs.logits[:, -1].float())
+            last = outputs.logits[:, -1].to(torch.float32, copy=True)
             del outputs
-            for row in self._rows(engine, logits if keep_logits else None):
+            rows = self._rows if self.selects_on_device else self._rows_selected_here
+            for row in rows(engine, last, kept):
                 tokens.append(row)
                 if streamer is not None:
                     streamer.put(row)
@@ -261,36 +257,78 @@ class Call:
             _return(engine, cache, length, length + len(tokens) - 1)
         if not self.config.return_dict_in_generate:
             return sequences
-        kept = tuple(logits[: len(tokens)])
         return GenerateDecoderOnlyOutput(
             sequences=cast(Any, sequences),
-            scores=cast(Any, kept) if self.config.output_scores else None,
-            logits=cast(Any, kept) if self.config.output_logits else None,
+            scores=cast(Any, tuple(kept.scores)) if self.config.output_scores else None,
+            logits=cast(Any, tuple(kept.raw)) if self.config.output_logits else None,
             past_key_values=cache,
         )
 
-    def _rows(self, engine: DecodeEngine, logits: list[Tensor] | None) -> Iterator[Tensor]:
+    def _rows(self, engine: DecodeEngine, last: Tensor, kept: Logits) -> Iterator[Tensor]:
         """The tokens of each step, [batch] on the host, until all sequences have ended."""
-        assert self.max_length is not None
-        steps = self.max_length - self.input_ids.shape[1]
         ended = torch.zeros(self.batch, dtype=torch.bool)
         eos = torch.tensor(self.eos)
         wait = _Behind(engine.device)
-        for step in range(steps):
-            if logits is not None:
-                logits.append(engine.logits.clone())
+        engine.select(last)
+        for step in range(self.steps):
+            if self._keeps_logits():
+                logits = engine.logits.clone()
             wait.mark()
-            ahead = wait.ahead and step + 1 < steps
+            ahead = wait.ahead and step + 1 < self.steps
             if ahead:
                 engine.advance()
             wait.reach()
+            if self._keeps_logits():
+                kept.raw.append(logits)
+                kept.scores.append(logits)
             row = engine.history[step].clone()
             yield row
             ended |= torch.isin(row, eos)
             if bool(ended.all()) or any(time.time() > d for d in self.deadlines):
                 return
-            if not ahead and step + 1 < steps:
+            if not ahead and step + 1 < self.steps:
                 engine.advance()
+
+    def _rows_selected_here(
+        self, engine: DecodeEngine, last: Tensor, kept: Logits
+    ) -> Iterator[Tensor]:
+        """The same with transformers' own processors, sampling and stopping criteria, in its order,
+        so that a seed gives its tokens.
+        """
+        ids, pad = self.input_ids, self._pad()
+        unfinished = torch.ones(self.batch, dtype=torch.long, device=ids.device)
+        for step in range(self.steps):
+            logits = engine.logits.clone() if step else last
+            scores = self.processors(ids, logits)
+            if self._keeps_logits():
+                kept.raw.append(logits)
+                kept.scores.append(scores)
+            if self.config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            else:
+                token = scores.argmax(-1)
+            if self.eos:
+                token = token * unfinished + pad * (1 - unfinished)
+            ids = torch.cat([ids, token[:, None]], dim=-1)
+            so_far = tuple(kept.scores) if self.config.output_scores else None
+            unfinished = unfinished & ~self.stopping_criteria(ids, so_far)
+            more = step + 1 < self.steps and bool(unfinished.any())
+            if more:
+                engine.put(token)
+                engine.advance(select=False)
+            yield token.cpu()
+            if not more:
+                return
+
+    @property
+    def steps(self) -> int:
+        """How many tokens are to be made, at most."""
+        assert self.max_length is not None
+        return self.max_length - self.prompt
+
+    def _keeps_logits(self) -> bool:
+        config = self.config
+        return config.return_dict_in_generate and (config.output_scores or config.output_logits)
 
     def _pad(self) -> int:
         pad = self.config._pad_token_tensor
@@ -298,6 +336,14 @@ class Call:
 
     def _cache_outlives(self, cache: Cache) -> bool:
         return self.config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+
+
+@dataclass
+class Logits:
+    """Of each step, before and after the processors."""
+
+    raw: list[Tensor]
+    scores: list[Tensor]
 
 
 class _Behind:

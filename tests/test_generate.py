@@ -321,6 +321,9 @@ def test_dtype_changes_and_half_precision(device: str) -> None:
     with engine_of(model) as engine:
         assert engine is not None
         assert engine.dtype == torch.bfloat16
+    model.generate(input_ids=ids, max_new_tokens=4, **GREEDY)
+    with engine_of(model) as again:
+        assert again is engine
     assert left_to_transformers(model) == []
 
 

@@ -94,9 +94,13 @@ class DecoderSpec:
 
     def fingerprint(self) -> tuple:
         """Changes when a parameter is another one or lies elsewhere; what a captured step depends
-        on.
+        on. Of the frequencies the values count: a half-precision model's are converted anew.
         """
-        return tuple((t.data_ptr(), t.shape, t.stride()) for t in self.tensors())
+        places = [
+            (t.data_ptr(), t.shape, t.stride()) for t in self.tensors() if t is not self.inv_freq
+        ]
+        frequencies = () if self.inv_freq is None else self.inv_freq.tolist()
+        return (*places, *frequencies)
 
     def check(self) -> None:
         """Raise Unsuited unless all tensors share a device and a dtype that the kernels have."""

@@ -2,8 +2,8 @@
 //
 // Bytes: the weights, once for every few sequences; all else is small. What the speed rests on:
 // - All warps of a block share each row: a thread reads the same 1 to 8 chunks of 16 bytes of every
-//   row, so that x, and its norm, stay in its registers, and no barrier stands between x and the
-//   first product.
+//   row, so that x, and its norm, stay in its registers, and under an RMSNorm no barrier stands
+//   between x and the first product.
 // - A block takes every gridDim-th row, so that the grid sweeps the weights together and no block
 //   has more than one row over another; it keeps kInFlight chunks a thread under way, 64 KB and
 //   more a multiprocessor. The first are loaded before the kernel waits for x.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -304,11 +305,18 @@ def test_weights_that_change_between_calls_are_seen(case: Case, device: str) -> 
 
 
 def test_longer_calls_and_other_batches_make_the_engine_anew(device: str) -> None:
-    model = heads_of_16(LLAMA).build(device=device, max_position_embeddings=1024)
-    for batch, new in ((1, 10), (1, 300), (3, 10), (1, 12)):
-        hf_fuse.unpatch(model) if batch == 3 else None
-        compare(model, new, input_ids=tokens_for(model, batch, 5))
-        hf_fuse.unpatch(model)
+    case = heads_of_16(LLAMA)
+    model, unpatched = (case.build(device=device, max_position_embeddings=1024) for _ in range(2))
+    hf_fuse.patch(model)
+    engines = []
+    for batch, new in ((1, 10), (1, 12), (1, 300), (3, 10), (1, 12)):
+        arguments = {"input_ids": tokens_for(model, batch, 5), "max_new_tokens": new, **GREEDY}
+        assert model.generate(**arguments).tolist() == unpatched.generate(**arguments).tolist()
+        with engine_of(model) as engine:
+            engines.append(engine)
+    anew = [a is not b for a, b in pairwise(engines)]
+    assert anew == [False, True, True, True]
+    assert left_to_transformers(model) == []
 
 
 def test_dtype_changes_and_half_precision(device: str) -> None:

@@ -56,6 +56,14 @@ class DecodeEngine:
         }
         self.logits = self._empty(batch, sum(len(w) for w in spec.head.weights))
 
+    def serves(self, spec: DecoderSpec, batch: int, capacity: int) -> bool:
+        """Whether this engine does what one made with these arguments would."""
+        return (
+            self.batch == batch
+            and self.capacity >= capacity + EXTRA_STEPS
+            and self.fingerprint == spec.fingerprint()
+        )
+
     def begin(
         self,
         length: int,

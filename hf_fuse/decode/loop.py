@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -103,21 +103,12 @@ class Generates(nn.Module):
             call = Call(self, input_ids, generation_config, stopping_criteria, model_kwargs)
             call.take_processors(logits_processor)
             call.check(synced_gpus)
-            engine = call.engine(kept)
-        except Unsuited as reason:
-            kept.lock.release()
-            return by_transformers(str(reason))
-        except torch.OutOfMemoryError:
-            kept.lock.release()
-            kept.engine = None
-            return by_transformers("no memory for the engine's caches")
-        except BaseException:
-            kept.lock.release()
-            raise
-        try:
-            return call.run(engine, streamer)
+            return call.run(call.engine(kept), streamer)
+        except Unsuited as unsuited:
+            reason = str(unsuited)
         finally:
             kept.lock.release()
+        return by_transformers(reason)
 
 
 def forget(model: nn.Module) -> None:
@@ -143,7 +134,7 @@ class Call:
         self.eos: list[int] = []
         self.max_length: int | None = None
         self.deadlines: list[float] = []
-        self.unknown_criteria: list[str] = []
+        self.own_criteria = False  # beside those three
         for criterion in stopping_criteria:
             if type(criterion) is MaxLengthCriteria:
                 self.max_length = criterion.max_length
@@ -152,14 +143,14 @@ class Call:
             elif type(criterion) is MaxTimeCriteria:
                 self.deadlines.append(criterion.initial_timestamp + criterion.max_time)
             else:
-                self.unknown_criteria.append(type(criterion).__name__)
+                self.own_criteria = True
 
     def take_processors(self, processors: Any) -> None:
         """Whether the device selects the tokens: the most likely ones, of sequences that may have a
         least length. For anything else transformers' own processors do, on the engine's logits.
         """
         self.processors, self.min_step = processors, 0
-        self.selects_on_device = not (self.config.do_sample or self.unknown_criteria)
+        self.selects_on_device = not (self.config.do_sample or self.own_criteria)
         for processor in processors:
             if type(processor) is MinNewTokensLengthLogitsProcessor:
                 least = processor.min_new_tokens
@@ -199,29 +190,25 @@ class Call:
             raise Unsuited("the kernels could not be built")
 
     def engine(self, kept: Kept) -> DecodeEngine:
-        """The engine kept from an earlier call if it fits, or a new one. Raises Unsuited."""
+        """The engine kept from an earlier call if it serves, or a new one. Raises Unsuited."""
+        assert self.max_length is not None
         refuse_hooks(self.model)
         spec = self.model.decoder_spec()
         spec.check()
-        assert self.max_length is not None
         if spec.embedding.device != self.input_ids.device:
             raise Unsuited("input_ids are on another device than the model")
         if spec.positions is not None and self.max_length > len(spec.positions):
             raise Unsuited("max_length is beyond the learned positions")
         self.start = _left_padding(self.kwargs.get("attention_mask"), self.batch)
         self._check_positions()
-        engine = kept.engine
-        if (
-            engine is None
-            or engine.batch != self.batch
-            or engine.capacity < self.max_length + 2
-            or engine.fingerprint != spec.fingerprint()
-        ):
+        if kept.engine is None or not kept.engine.serves(spec, self.batch, self.max_length):
             kept.engine = None  # the old one's memory first
-            kept.engine = engine = DecodeEngine(
-                spec, self.batch, self.max_length, state_of(self.model).backend
-            )
-        return engine
+            backend = state_of(self.model).backend
+            try:
+                kept.engine = DecodeEngine(spec, self.batch, self.max_length, backend)
+            except torch.OutOfMemoryError as error:
+                raise Unsuited("no memory for the engine's caches") from error
+        return kept.engine
 
     def _check_positions(self) -> None:
         """Raise Unsuited unless each sequence's positions count from its first token."""
@@ -239,7 +226,7 @@ class Call:
         cache = outputs.past_key_values
         length = _fill(engine, cache)
         engine.begin(length, self.start.to(engine.device), self.eos, self._pad(), self.min_step)
-        kept = Logits([], [])
+        kept = Logits()
         tokens: list[Tensor] = []
         with torch.no_grad():
             last = outputs.logits[:, -1].to(torch.float32, copy=True)
@@ -279,8 +266,7 @@ class Call:
                 engine.advance()
             wait.reach()
             if self._keeps_logits():
-                kept.raw.append(logits)
-                kept.scores.append(logits)
+                kept.add(logits, logits)
             row = engine.history[step].clone()
             yield row
             ended |= torch.isin(row, eos)
@@ -301,8 +287,7 @@ class Call:
             logits = engine.logits.clone() if step else last
             scores = self.processors(ids, logits)
             if self._keeps_logits():
-                kept.raw.append(logits)
-                kept.scores.append(scores)
+                kept.add(logits, scores)
             if self.config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
             else:
@@ -342,8 +327,12 @@ class Call:
 class Logits:
     """Of each step, before and after the processors."""
 
-    raw: list[Tensor]
-    scores: list[Tensor]
+    raw: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+
+    def add(self, raw: Tensor, scores: Tensor) -> None:
+        self.raw.append(raw)
+        self.scores.append(scores)
 
 
 class _Behind:

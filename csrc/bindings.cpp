@@ -238,12 +238,6 @@ void rotary_cache_(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor 
 // ---- gated_act, bias_act
 // --------------------------------------------------------------------------------------------
 
-Act act_of(const char* op, int64_t act) {
-  if (act < 0 || act > static_cast<int64_t>(Act::kRelu2))
-    fail(op, ": act must be 0 to 4, got ", act);
-  return static_cast<Act>(act);
-}
-
 Tensor gated_act(Tensor gate, Tensor up, int64_t act) {
   const char* op = "gated_act";
   check_rows(op, "gate", gate);

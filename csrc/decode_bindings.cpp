@@ -22,12 +22,6 @@ void check_matrix(const char* op, const char* name, const Tensor& t, int64_t row
     fail(op, ": ", name, " must be a contiguous [", rows, ", ", size, "], got ", shape_of(t));
 }
 
-void check_device(const char* op, const char* name, const Tensor& t, const char* like_name,
-                  const Tensor& like) {
-  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
-    fail(op, ": ", name, " must be on the device of ", like_name);
-}
-
 int64_t* int64_of(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
 
 void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
@@ -43,9 +37,7 @@ void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTen
   if (epilogue < 0 || epilogue > static_cast<int64_t>(Epilogue::kAdd))
     fail(op, ": epilogue must be 0 to 3, got ", epilogue);
   p.epilogue = static_cast<Epilogue>(epilogue);
-  if (act < 0 || act > static_cast<int64_t>(Act::kRelu2))
-    fail(op, ": act must be 0 to 4, got ", act);
-  p.act = static_cast<Act>(act);
+  p.act = act_of(op, act);
   if (norm_weight) {
     check_float32(op, "x under a norm", x);
     check_device(op, "x", x, "weight1", weight1);

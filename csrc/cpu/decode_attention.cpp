@@ -12,8 +12,6 @@ constexpr int64_t kSplit = 256;  // slots; a multiple of a block
 constexpr int64_t kBlock = 16;   // slots whose values stay in L1 for all heads of a group
 constexpr float kInfinity = __builtin_inff();
 
-int64_t padded(int64_t n) { return (n + kLanes<float> - 1) / kLanes<float> * kLanes<float>; }
-
 // What the passes over the cache share. A query head has a row of queries, rotated and scaled and
 // zero beyond head_dim. A split leaves of it, in a row of sums, sum(exp(score - largest) * value);
 // then, from padded(head_dim) on, that sum without the value, and largest.
@@ -114,7 +112,7 @@ void add_values(const T* values, const float* weights, int64_t head_dim, int64_t
 void exponentiate(float* scores, int64_t slots, float* sum, float* largest) {
   *largest = -kInfinity;
   for (int64_t i = 0; i < slots; ++i) *largest = scores[i] > *largest ? scores[i] : *largest;
-  std::fill(scores + slots, scores + padded(slots), -kInfinity);
+  std::fill(scores + slots, scores + padded<float>(slots), -kInfinity);
   vec<float> total = {};
   for (int64_t i = 0; i < slots; i += kLanes<float>) {
     const vec<float> e = exp_vec(load_vec(scores + i) - *largest);
@@ -189,7 +187,7 @@ void run(const DecodeAttention& p) {
   const int64_t heads = p.batch * p.num_heads;
   int64_t splits = 1;
   for (int64_t b = 0; b < p.batch; ++b) splits = std::max(splits, splits_of(p, b));
-  Scratch s{padded(p.head_dim), splits, nullptr, nullptr};
+  Scratch s{padded<float>(p.head_dim), splits, nullptr, nullptr};
   s.queries = aligned_scratch<float>(0, heads * s.width);
   s.sums = aligned_scratch<float>(1, heads * splits * s.stride());
   for (int64_t b = 0; b < p.batch; ++b) enter<T>(p, b, s);

@@ -21,7 +21,7 @@ struct Input {
 };
 
 Input allocate_input(int64_t batch, int64_t size) {
-  const int64_t stride = (size + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
+  const int64_t stride = padded<float>(size);
   float* rows = aligned_scratch<float>(0, batch * stride);
   std::memset(rows, 0, batch * stride * sizeof(float));
   return {rows, batch, size, stride};

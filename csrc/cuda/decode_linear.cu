@@ -21,10 +21,10 @@ namespace hf_fuse {
 namespace {
 
 constexpr const char* kOp = "decode_linear";
-constexpr int kInFlight = 8;      // chunks a thread has under way; 16 delay the small projections
+constexpr int kInFlight = 8;      // chunks a thread has under way
 constexpr int kThreads = 256;     // of a block, at most, but for the longest rows
 constexpr int kMaxThreads = 512;  // for those
-constexpr int kRegisters = 128;   // of a thread; with 80, a third block fits: a tenth slower
+constexpr int kRegisters = 128;   // of a thread; fewer, and a third block fits: uneven
 constexpr int kRegistersOfMultiprocessor = 65536;
 constexpr int64_t kMaxUnits = 1 << 30;  // so that int counts rows and adds them up
 

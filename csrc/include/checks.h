@@ -77,16 +77,27 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* like_name,
+                         const Tensor& like) {
+  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
+    fail(op, ": ", name, " must be on the device of ", like_name, ", ",
+         like.is_cuda() ? "cuda:" : "cpu ", like.get_device_index(), ", got ",
+         t.is_cuda() ? "cuda:" : "cpu ", t.get_device_index());
+}
+
 // `t` must live where `like` lives and have its dtype.
 inline void check_like(const char* op, const char* name, const Tensor& t, const char* like_name,
                        const Tensor& like) {
   if (t.scalar_type() != like.scalar_type())
     fail(op, ": ", name, " must have the dtype of ", like_name, ", ", name_of(like.scalar_type()),
          ", got ", name_of(t.scalar_type()));
-  if (t.is_cuda() != like.is_cuda() || t.get_device_index() != like.get_device_index())
-    fail(op, ": ", name, " must be on the device of ", like_name, ", ",
-         like.is_cuda() ? "cuda:" : "cpu ", like.get_device_index(), ", got ",
-         t.is_cuda() ? "cuda:" : "cpu ", t.get_device_index());
+  check_device(op, name, t, like_name, like);
+}
+
+inline Act act_of(const char* op, int64_t act) {
+  if (act < 0 || act > static_cast<int64_t>(Act::kRelu2))
+    fail(op, ": act must be 0 to 4, got ", act);
+  return static_cast<Act>(act);
 }
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& t,

@@ -39,6 +39,12 @@ vec<A> broadcast(A value) {
   return value - vec<A>{};  // exact, and no instruction; + would be one, since -0 + 0 is 0
 }
 
+// n rounded up to whole vectors.
+template <typename A>
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
 // scratch() that begins where a vector may.
 template <typename A>
 A* aligned_scratch(int slot, int64_t n) {

@@ -5,12 +5,6 @@
 
 namespace hf_fuse {
 
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
-
 // 16 bytes of weights, read once; v is unspecified where not `present`. Before the wait the load
 // has to be a strong one: ptxas moves weak and read-only loads below it.
 template <bool kBeforeWait, typename V>

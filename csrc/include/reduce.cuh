@@ -6,6 +6,15 @@ namespace hf_fuse {
 constexpr int kWarpSize = 32;
 constexpr int kMaxWarps = 32;
 
+// Every lane gets the sum.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
+  }
+  return x;
+}
+
 // Every thread of the row gets the sums. A row is one warp (any blockDim.y) or a whole block
 // (blockDim.y == 1). One barrier: two calls in a row need different `shared`, the third may use the
 // first one's again.
@@ -13,12 +22,7 @@ template <int kValues>
 __device__ inline void row_sum(float (&values)[kValues], float (&shared)[kValues][kMaxWarps],
                                int threads) {
 #pragma unroll
-  for (int k = 0; k < kValues; ++k) {
-#pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
-    }
-  }
+  for (int k = 0; k < kValues; ++k) values[k] = warp_sum(values[k]);
   if (threads == kWarpSize) return;
   const int warp = threadIdx.x / kWarpSize;
   if (threadIdx.x % kWarpSize == 0) {
@@ -30,11 +34,7 @@ __device__ inline void row_sum(float (&values)[kValues], float (&shared)[kValues
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int k = 0; k < kValues; ++k) {
-    values[k] = lane < threads / kWarpSize ? shared[k][lane] : 0.f;
-#pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
-    }
+    values[k] = warp_sum(lane < threads / kWarpSize ? shared[k][lane] : 0.f);
   }
 }
 

@@ -13,18 +13,17 @@
 #include <cfloat>
 #include <cmath>
 
+#include "../include/decode.cuh"
 #include "../include/decode.h"
-#include "../include/launch.cuh"
 #include "../include/reduce.cuh"
-#include "../include/vec.cuh"
 
 namespace hf_fuse {
 namespace {
 
 constexpr const char* kOp = "decode_attention";
 constexpr int kElements = 8;    // of a cache row, that a lane holds
-constexpr int kBuffers = 2;     // tiles a warp has in flight
 constexpr int kAloneTiles = 2;  // a warp, up to which a block is done sooner than a cluster
+constexpr int kSplitTiles = 8;  // a warp, up to which a block for each query head is sooner done
 constexpr int kMaxCluster = 16, kPortableCluster = 8;  // blocks
 // Four warps find room beside two blocks of a projection; eight read a long cache faster.
 constexpr int kFewWarps = 4, kMaxWarps = 8, kLongCache = 4096;
@@ -38,7 +37,8 @@ struct Layout {
   using Element = T;
   using Vector = Vec16<T>;
   static constexpr int kLanes = kLanes_, kSlotGroups = kWarpSize / kLanes;
-  static constexpr int kGroup = kGroup_;  // query heads
+  static constexpr int kGroup = kGroup_;                // query heads
+  static constexpr int kBuffers = kGroup == 1 ? 4 : 2;  // tiles a warp has in flight
   static constexpr int kVecs = kElements / Vector::kSize;
   using Row = Vector[kVecs];  // a lane's part of it
   static constexpr int kSlots = 2 / kVecs, kTile = kSlots * kSlotGroups;
@@ -78,33 +78,12 @@ struct Split {
   int cluster, rounds, group, head_dim;
 };
 
-// What a block's cluster does, and its rank there.
+// What some blocks of a cluster do: how many, the first one's rank and this one's among them.
 struct Task {
   int64_t sequence;
-  int kv_head, round, first_head, num_heads, rank;
+  int kv_head, round, first_head, num_heads;
+  int blocks, first_rank, rank;
 };
-
-// Loads before the wait are strong ones: ptxas moves weak loads below it.
-__device__ int64_t load_early(const int64_t* ptr) {
-  int64_t value;
-  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(ptr) : "memory");
-  return value;
-}
-__device__ float load_early(const float* ptr) {
-  float value;
-  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(ptr) : "memory");
-  return value;
-}
-template <typename V>
-__device__ V load_early(const typename V::Element* ptr) {
-  V v;
-  auto& w = v.words;
-  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-               : "l"(ptr)
-               : "memory");
-  return v;
-}
 
 // exp2f without its care for results below 2^-126, which doubles its cost.
 __device__ float fast_exp2(float x) {
@@ -116,7 +95,6 @@ __device__ float fast_exp2(float x) {
 // Blocks of a cluster store into each other's shared memory, and the receiver's barrier counts the
 // bytes: a cluster-wide barrier would first wait for all that a block has under way.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kHasClusters = true;
 __device__ uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
 }
@@ -154,7 +132,6 @@ __device__ void wait_stored(uint64_t* barrier) {
       : "memory");
 }
 #else
-constexpr bool kHasClusters = false;
 __device__ void cluster_arrive(uint64_t*, int) {}
 __device__ void cluster_wait() {}
 __device__ void store_cluster(float*, uint64_t*, int, float) {}
@@ -171,6 +148,8 @@ __device__ Task find_task(const Split& split) {
           round,
           kv_head * split.group + done,
           min(L::kGroup, split.group - done),
+          split.cluster,
+          0,
           static_cast<int>(blockIdx.x % split.cluster)};
 }
 
@@ -189,7 +168,7 @@ __device__ void load_tile(typename L::Row (&rows)[L::kSlots], const typename L::
 #pragma unroll
     for (int v = 0; v < L::kVecs; ++v) {
       const int column = min(L::column(v * L::Vector::kSize), head_dim - L::Vector::kSize);
-      rows[u][v] = load_early<typename L::Vector>(reinterpret_cast<const T*>(row) + column);
+      rows[u][v] = load_before_wait<typename L::Vector>(reinterpret_cast<const T*>(row) + column);
     }
   }
 }
@@ -409,19 +388,19 @@ __device__ int cluster_bytes(int cluster) {
 
 // Combines the warps and, over a cluster, sends each output to the block that writes it.
 template <typename L>
-__device__ void finish(Shared<L>& shared, const DecodeAttention& p, const Task& task, int cluster) {
-  const int num_warps = blockDim.x / kWarpSize, owned = L::kOutputs / cluster;
-  if (cluster > 1) cluster_wait();
+__device__ void finish(Shared<L>& shared, const DecodeAttention& p, const Task& task) {
+  const int num_warps = blockDim.x / kWarpSize, owned = L::kOutputs / task.blocks;
+  if (task.blocks > 1) cluster_wait();
   for (int i = threadIdx.x; i < L::kOutputs; i += blockDim.x) {
     const int head = i / L::kDim;
     const Output part = combine<L>(&shared.out[0][i], L::kOutputs, shared.max_sum, head, num_warps);
-    if (cluster == 1) {
+    if (task.blocks == 1) {
       write_output<L>(p, task, i, part);
       continue;
     }
-    const int owner = i * cluster / L::kOutputs, place = i - owner * owned;
+    const int owner = i * task.blocks / L::kOutputs, place = i - owner * owned;
     const auto send = [&](float* ptr, float value) {
-      store_cluster(ptr, &shared.barrier, owner, value);
+      store_cluster(ptr, &shared.barrier, task.first_rank + owner, value);
     };
     send(&shared.cluster_out[task.rank * owned + place], part.out);
     if (place % L::kDim == 0) {
@@ -429,34 +408,23 @@ __device__ void finish(Shared<L>& shared, const DecodeAttention& p, const Task& 
       send(&shared.cluster_max_sum[task.rank][head].y, part.sum);
     }
   }
-  if (cluster == 1) return;
+  if (task.blocks == 1) return;
   wait_stored(&shared.barrier);
   for (int place = threadIdx.x; place < owned; place += blockDim.x) {
     const int i = task.rank * owned + place;
     write_output<L>(p, task, i,
                     combine<L>(&shared.cluster_out[place], owned, shared.cluster_max_sum,
-                               i / L::kDim, cluster));
+                               i / L::kDim, task.blocks));
   }
 }
 
 template <typename L>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
-    decode_attention_kernel(const DecodeAttention p, const Split split) {
+__device__ void attend_task(Shared<L>& shared, const DecodeAttention& p, const Task& task,
+                            int head_dim, int64_t length, int64_t start) {
   using T = typename L::Element;
-  __shared__ Shared<L> shared;
-  pdl_trigger();
-  // The length and the slots below it are read before the wait. They are the previous step's, all
-  // of which has ended: a step's first kernel triggers its dependents after its own wait.
-  const Task task = find_task<L>(split);
-  const int64_t length = load_early(p.length), start = load_early(p.start + task.sequence);
-  if (length >= p.capacity) __trap();  // the new slot would be another head's
-  const int head_dim = split.head_dim, num_warps = blockDim.x / kWarpSize;
   const int num_slots = static_cast<int>(length - start);  // but for the new one
   const int num_tiles = (num_slots + L::kTile - 1) / L::kTile;
-  const bool alone = num_tiles <= kAloneTiles * num_warps;
-  if (alone && task.rank > 0) return;
-  const int cluster = kHasClusters && !alone ? split.cluster : 1;
-  if (cluster > 1) cluster_arrive(&shared.barrier, cluster_bytes<L>(cluster));
+  if (task.blocks > 1) cluster_arrive(&shared.barrier, cluster_bytes<L>(task.blocks));
 
   T* keys = static_cast<T*>(p.key_cache) + task.sequence * p.key_batch_stride +
             task.kv_head * p.key_head_stride + start * head_dim;
@@ -464,11 +432,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
               task.kv_head * p.value_head_stride + start * head_dim;
   // By a shuffle, so that the compiler knows that all lanes have the same and branch as one.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
-  const int step = num_warps * cluster;
-  int tile = warp * cluster + task.rank;
-  typename L::Row key[kBuffers][L::kSlots], value[kBuffers][L::kSlots];
+  const int num_warps = blockDim.x / kWarpSize, step = num_warps * task.blocks;
+  int tile = warp * task.blocks + task.rank;
+  typename L::Row key[L::kBuffers][L::kSlots], value[L::kBuffers][L::kSlots];
 #pragma unroll
-  for (int b = 0; b < kBuffers; ++b) {
+  for (int b = 0; b < L::kBuffers; ++b) {
     if (tile + b * step >= num_tiles) break;
     load_tile<L>(key[b], keys, tile + b * step, num_slots, head_dim);
     load_tile<L>(value[b], values, tile + b * step, num_slots, head_dim);
@@ -476,7 +444,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
   const int half = static_cast<int>(p.rotary_dim / 2);
   for (int i = threadIdx.x; i < half; i += blockDim.x) {
     float sin, cos;
-    sincosf(static_cast<float>(length - start) * load_early(p.inv_freq + i), &sin, &cos);
+    sincosf(static_cast<float>(length - start) * load_before_wait(p.inv_freq + i), &sin, &cos);
     shared.rotation[i] = {cos * p.rope_scale, sin * p.rope_scale};
   }
   pdl_wait();
@@ -485,15 +453,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
   if (half > 0) rotate_input(shared, half);
   Attention<L> a;
   begin(a, shared, p.scaling * kLog2e);
-  if (task.rank == 0 && warp == 0) {
+  if (tile == 0) {
     const int64_t slot = int64_t{num_slots} * head_dim;
     attend_new(a, shared, head_dim, task.round == 0, keys + slot, values + slot);
   }
   while (tile < num_tiles) {
 #pragma unroll
-    for (int b = 0; b < kBuffers; ++b) {
+    for (int b = 0; b < L::kBuffers; ++b) {
       if (tile >= num_tiles) break;
-      const int refill = tile + kBuffers * step;
+      const int refill = tile + L::kBuffers * step;
       float scores[L::kSlots][L::kGroup];
       multiply<L, L::kSlots>(scores, a, key[b], tile * L::kTile + L::slot_group(), num_slots);
       if (refill < num_tiles) load_tile<L>(key[b], keys, refill, num_slots, head_dim);
@@ -504,7 +472,45 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
   }
   combine_warp(shared, a, warp);
   __syncthreads();
-  finish(shared, p, task, cluster);
+  finish(shared, p, task);
+}
+
+template <typename L>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
+    decode_attention_kernel(const __grid_constant__ DecodeAttention p, const Split split) {
+  using One = Layout<typename L::Element, L::kLanes, 1>;
+  __shared__ union {
+    Shared<L> all;
+    Shared<One> one;
+  } shared;
+  pdl_trigger();
+  // The length and the slots below it are read before the wait. They are the previous step's, all
+  // of which has ended: a step's first kernel triggers its dependents after its own wait.
+  Task task = find_task<L>(split);
+  const int64_t length = load_before_wait(p.length),
+                start = load_before_wait(p.start + task.sequence);
+  if (length >= p.capacity) __trap();  // the new slot would be another head's
+  const int num_warps = blockDim.x / kWarpSize;
+  const auto within = [&](int tiles, int blocks) {  // of each warp
+    return length - start <= int64_t{tiles * L::kTile * num_warps * blocks};
+  };
+  const int blocks = split.cluster / L::kGroup;  // for each query head
+  if (L::kGroup > 1 && !(blocks > 0 && within(kSplitTiles, blocks))) {
+    return attend_task<L>(shared.all, p, task, split.head_dim, length, start);
+  }
+  // Few slots: the cluster's blocks are shared out among the query heads, to read them again.
+  const int head = task.rank / blocks;
+  task.blocks = within(kAloneTiles, 1) ? 1 : blocks;
+  task.first_rank = head * blocks;
+  task.rank -= task.first_rank;
+  if (head >= task.num_heads || task.rank >= task.blocks) {
+    if (task.blocks > 1) cluster_arrive(&shared.one.barrier, 0), cluster_wait();
+    return;
+  }
+  task.first_head += head;
+  task.round += head;
+  task.num_heads = 1;
+  attend_task<One>(shared.one, p, task, split.head_dim, length, start);
 }
 
 template <typename T, int kLanes, int kGroup>
@@ -523,8 +529,9 @@ void launch_layout(const DecodeAttention& p, void* stream) {
   }
   const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
                        static_cast<int>(p.head_dim)};
-  launch(kOp, decode_attention_kernel<L>, {p.num_kv_heads * rounds * cluster, p.batch, cluster},
-         warps * kWarpSize, 0, stream, p, split);
+  launch(kOp, decode_attention_kernel<L>,
+         step_grid(p.num_kv_heads * rounds * cluster, p.batch, cluster), warps * kWarpSize, 0,
+         stream, p, split);
 }
 
 // As many query heads together as registers hold.

@@ -1,9 +1,8 @@
 // residual[b] = table[token[b]] (+ positions[length - start[b]]), in fp32.
 //
 // Bytes: a row of each table read and one written in fp32, for every sequence: nothing but latency.
+#include "../include/decode.cuh"
 #include "../include/decode.h"
-#include "../include/launch.cuh"
-#include "../include/vec.cuh"
 
 namespace hf_fuse {
 namespace {
@@ -54,7 +53,7 @@ void decode_embed(const DecodeEmbed& p, void* stream) {
     if (p.batch == 0 || p.size == 0) return;
     const auto run = [&](auto width) {
       using V = decltype(width);
-      launch(kOp, decode_embed_kernel<V>, {ceil_div(p.size, kThreads * V::kSize), p.batch},
+      launch(kOp, decode_embed_kernel<V>, step_grid(ceil_div(p.size, kThreads * V::kSize), p.batch),
              kThreads, 0, stream, p);
     };
     // 4 elements a thread: enough threads to a row, and one 16-byte store.

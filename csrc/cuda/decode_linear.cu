@@ -7,14 +7,13 @@
 // - A block takes every gridDim-th row, so that the grid sweeps the weights together and no block
 //   has more than one row over another; it keeps kInFlight chunks a thread under way, 64 KB and
 //   more a multiprocessor. The first are loaded before the kernel waits for x.
-// - The warps' sums of a row meet in shared memory once, at the end, where a thread an output adds
-//   them, in order, and finishes: 1 / rms, bias, activation, residual.
+// - The warps' sums of a row meet in shared memory once, at the end, where a few lanes an output
+//   add them, in a fixed order, and finish: 1 / rms, bias, activation, residual.
+// - Nothing is loaded before a kernel's first instructions nor after its last products, and a step
+//   has hundreds of kernels: so both ends are short, and most layouts have code of their own.
 #include <algorithm>
 
-#include "../include/activation.cuh"
-#include "../include/decode.cuh"
-#include "../include/decode.h"
-#include "../include/launch.cuh"
+#include "../include/decode_rows.cuh"
 #include "../include/reduce.cuh"
 
 namespace hf_fuse {
@@ -22,99 +21,36 @@ namespace {
 
 constexpr const char* kOp = "decode_linear";
 constexpr int kInFlight = 8;      // chunks a thread has under way
-constexpr int kThreads = 256;     // of a block, at most, but for the longest rows
+constexpr int kThreads = 320;     // of a block, at most, but for the longest rows
 constexpr int kMaxThreads = 512;  // for those
-constexpr int kRegisters = 128;   // of a thread; fewer, and a third block fits: uneven
-constexpr int kRegistersOfMultiprocessor = 65536;
-constexpr int64_t kMaxUnits = 1 << 30;  // so that int counts rows and adds them up
 
-// Where a unit's rows are. Unit: an output of each sequence, a row or, gated, a pair of rows (half
-// 0 and 1). The addresses are those that row 0 of all the rows would have.
-template <typename T>
-struct RowTable {
-  const T *weight[3], *bias[3];
-  int end[2];  // of the first and the second weight's rows
-  int stride[3];
-  bool pair;
+// Registers. Two blocks of 256 threads fill a multiprocessor with one of attention beside them:
+// with room for a third, one would have three and another one. Short rows without a norm,
+// attention's output projection, take fewer, so that the next kernel finds room beside them.
+constexpr int kRegistersOfMultiprocessor = 65536, kUsualRegisters = 96;
+constexpr int registers_of(bool norm, int loads, int batch) {
+  if (batch == 1 && loads == 1 && !norm) return 64;
+  return batch == 1 && loads <= (norm ? 2 : 4) ? kUsualRegisters : 128;
+}
+constexpr int64_t kMaxUnits = 1 << 30;   // so that int counts rows and adds them up,
+constexpr int64_t kMaxStride = 1 << 20;  // and the elements from one row of a block to the next
 
-  explicit RowTable(const DecodeLinear& p) : pair(p.epilogue == Epilogue::kGated) {
-    int64_t start = 0;
-    for (int i = 0; i < 3; ++i) {
-      const DecodeLinear::Rows& rows = p.weights[i];
-      weight[i] = static_cast<const T*>(rows.weight) - start * rows.stride;
-      bias[i] = rows.bias ? static_cast<const T*>(rows.bias) - start : nullptr;
-      stride[i] = static_cast<int>(rows.stride);
-      if (!pair) start += rows.rows;
-      if (i < 2) end[i] = static_cast<int>(start);
-    }
-  }
+// At the end kParts lanes add the sums of up to 8 warps, or of 16, two a lane.
+constexpr int kParts = 8, kMaxParts = 2 * kParts;
+constexpr int kGroups = kWarpSize / kParts;
+__host__ __device__ constexpr int parts_of(int num_warps) {
+  return num_warps > kParts ? kMaxParts : kParts;
+}
 
-  __device__ int index(int unit, int half) const {
-    return pair ? half : (unit >= end[0]) + (unit >= end[1]);
-  }
-  __device__ const T* row(int unit, int half) const {
-    const int i = index(unit, half);
-    const T* base = i == 0 ? weight[0] : i == 1 ? weight[1] : weight[2];
-    return base + int64_t{unit} * (i == 0 ? stride[0] : i == 1 ? stride[1] : stride[2]);
-  }
-  __device__ const T* bias_of(int unit, int half) const {
-    const T* vector = bias[index(unit, half)];
-    return vector ? vector + unit : nullptr;
-  }
+enum class NormKind { kNone, kRms, kLayer };
+
+// What the host works out for a kernel.
+struct Shape {
+  int chunks, units;        // 16 bytes of a row; outputs of a sequence
+  int block_units, longer;  // outputs of a block; the first `longer` blocks have one more
+  int max_rows;             // of a block
+  float inv_size, eps;
 };
-
-template <typename T>
-__device__ float load_float(const T* ptr) {
-  return load<Vec<T, 1>>(ptr).floats()[0];
-}
-
-__device__ float apply(Act act, float x) {
-  switch (act) {
-    case Act::kGelu:
-      return activate<Act::kGelu>(x);
-    case Act::kGeluTanh:
-      return activate<Act::kGeluTanh>(x);
-    case Act::kRelu:
-      return activate<Act::kRelu>(x);
-    case Act::kSilu:
-      return activate<Act::kSilu>(x);
-    default:
-      return activate<Act::kRelu2>(x);
-  }
-}
-
-// The biases of a unit's rows. Loaded long before their use: they may come from memory.
-template <typename T>
-struct Biases {
-  Vec<T, 1> row = {}, up = {};
-
-  __device__ Biases(const RowTable<T>& rows, int unit, int units) {
-    if (unit >= units) return;
-    const T* bias = rows.bias_of(unit, 0);
-    if (bias) row = load_before_wait<Vec<T, 1>>(bias);
-    if (!rows.pair) return;
-    bias = rows.bias_of(unit, 1);
-    if (bias) up = load_before_wait<Vec<T, 1>>(bias);
-  }
-};
-
-__device__ float old_output(const DecodeLinear& p, int64_t index) {
-  return p.epilogue == Epilogue::kAdd ? load_float(static_cast<const float*>(p.out) + index) : 0.f;
-}
-
-// y and y_up: the sums of the unit's one or two rows.
-template <typename T>
-__device__ void write_output(const DecodeLinear& p, int64_t index, float y, float y_up,
-                             const Biases<T>& biases, float old) {
-  y += biases.row.floats()[0];
-  if (p.epilogue == Epilogue::kStore || p.epilogue == Epilogue::kAdd) {
-    static_cast<float*>(p.out)[index] = old + y;
-    return;
-  }
-  y = apply(p.act, y);
-  if (p.epilogue == Epilogue::kGated) y *= y_up + biases.up.floats()[0];
-  store(static_cast<T*>(p.out) + index, Vec<T, 1>::from({y}));
-}
 
 // Sums each of kCount values over a warp: afterwards lane l has, in v[0], the sum of value
 // l / (32 / kCount). Half the shuffles of one value after another for two values, a quarter for 8.
@@ -137,14 +73,15 @@ __device__ void sum_each(float (&v)[kCount]) {
 }
 
 // A thread's chunks of x: fp32 under a norm, else as they are.
-template <typename T, bool kNorm, int kLoads>
+template <typename T, NormKind kNorm, int kLoads>
 struct Slice {
   static constexpr int kSize = Vec16<T>::kSize;
-  using Chunk = std::conditional_t<kNorm, Floats<kSize>, Vec16<T>>;
+  static constexpr bool kWide = kNorm != NormKind::kNone;
+  using Chunk = std::conditional_t<kWide, Floats<kSize>, Vec16<T>>;
   Chunk x[kLoads];
 
   __device__ Floats<kSize> floats(int i) const {
-    if constexpr (kNorm) {
+    if constexpr (kWide) {
       return x[i];
     } else {
       return x[i].floats();
@@ -158,7 +95,7 @@ struct Slice {
       const int64_t chunk = threadIdx.x + i * blockDim.x;
       x[i] = {};
       if (chunk >= chunks) continue;
-      if constexpr (kNorm) {
+      if constexpr (kWide) {
         const float* from = static_cast<const float*>(rows) + (row * chunks + chunk) * kSize;
 #pragma unroll
         for (int e = 0; e < kSize; e += 4) {
@@ -172,8 +109,8 @@ struct Slice {
     }
   }
 
-  // What the block needs of a norm before the first product: for rms x * weight, whose 1 / rms
-  // multiplies the rows' sums at the end; returns this thread's sum of squares.
+  // RMSNorm but for 1 / rms, which multiplies the rows' sums at the end: no thread waits for
+  // another's part of x. Returns the thread's sum of squares.
   __device__ float scale_for_rms(const Vec16<T> (&weight)[kLoads]) {
     float square = 0.f;
 #pragma unroll
@@ -185,66 +122,104 @@ struct Slice {
     return square;
   }
 
-  // LayerNorm, in two passes: the mean, then the centred squares. Chunks past the row have weight
-  // and bias 0.
-  __device__ void layer_norm(const DecodeLinear& p, int chunks, const Vec16<T> (&weight)[kLoads],
-                             const Vec16<T> (&bias)[kLoads], float (&shared)[2][1][kMaxWarps]) {
-    const float inv_size = 1.f / static_cast<float>(p.size);
-    float mean[1] = {}, square[1] = {};
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) mean[0] += x[i][e];
-    }
-    row_sum(mean, shared[0], blockDim.x);
-    mean[0] *= inv_size;
+  // Subtracts `pilot` from the row; returns the thread's sums of that and of its squares.
+  __device__ void shift(float pilot, int chunks, float (&sums)[2]) {
+    sums[0] = sums[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       if (static_cast<int>(threadIdx.x + i * blockDim.x) >= chunks) break;
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
-        x[i][e] -= mean[0];
-        square[0] = fmaf(x[i][e], x[i][e], square[0]);
+        x[i][e] -= pilot;
+        sums[0] += x[i][e];
+        sums[1] = fmaf(x[i][e], x[i][e], sums[1]);
       }
     }
-    row_sum(square, shared[1], blockDim.x);
-    const float rstd = rsqrtf(square[0] * inv_size + static_cast<float>(p.eps));
+  }
+
+  // Weight and bias are 0 past the row.
+  __device__ void normalize(float mean, float rstd, const Vec16<T> (&weight)[kLoads],
+                            const Vec16<T> (&bias)[kLoads]) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const auto g = weight[i].floats(), b = bias[i].floats();
 #pragma unroll
-      for (int e = 0; e < kSize; ++e) x[i][e] = x[i][e] * rstd * g[e] + b[e];
+      for (int e = 0; e < kSize; ++e) x[i][e] = (x[i][e] - mean) * rstd * g[e] + b[e];
     }
   }
 };
 
+// The mean of a row's first elements. The variance of what is left when it is subtracted needs no
+// second pass: the mean of n of size elements is within sqrt(size / n) standard deviations of the
+// mean of all, whatever the row.
+__device__ float pilot_of(const void* rows, int64_t row, int64_t size) {
+  const int at = static_cast<int>(threadIdx.x) % kWarpSize * 4;
+  float sum = 0.f;
+  if (at < size) {
+    const auto v = load<Vec16<float>>(static_cast<const float*>(rows) + row * size + at).floats();
+    sum = (v[0] + v[1]) + (v[2] + v[3]);
+  }
+  return warp_sum(sum) / static_cast<float>(min(int64_t{4 * kWarpSize}, size));
+}
+
 // The rows a block takes: unit j of it is unit blockIdx.x + j * gridDim.x of all.
-template <typename T, int kLoads>
+template <typename T, Layout kLayout, int kLoads>
 struct BlockRows {
   static constexpr int kSize = Vec16<T>::kSize;
+  static constexpr bool kTable = kLayout == Layout::kAny;
   const RowTable<T>& all;
-  int chunks, pair, rows;
+  const T** const table;  // kAny: [row], in shared memory
+  int chunks, pair, rows, step;
+  const T* first[2][kLoads];  // else: of each half, the thread's chunks of the first row
 
-  __device__ BlockRows(const RowTable<T>& all, int chunks, int units)
-      : all(all), chunks(chunks), pair(all.pair) {
-    const int here = units - static_cast<int>(blockIdx.x);
-    rows = here <= 0 ? 0 : ((here - 1) / static_cast<int>(gridDim.x) + 1) << pair;
+  __device__ BlockRows(const RowTable<T>& all, const Shape& shape, const T** table)
+      : all(all), table(table), chunks(shape.chunks), pair(all.template is_pair<kLayout>()) {
+    rows = (shape.block_units + (static_cast<int>(blockIdx.x) < shape.longer)) << pair;
+    if constexpr (kTable) return;
+    step = static_cast<int>(gridDim.x) * all.stride[0];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* row =
+          all.weight[kLayout == Layout::kPair ? half : 0] + int64_t{blockIdx.x} * all.stride[0];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) first[half][i] = row + offset(i);
+    }
   }
 
   __device__ int unit(int j) const { return blockIdx.x + j * gridDim.x; }
-
-  // The rows' addresses, worked out once: to do it in the loop takes as long as the products.
-  __device__ void find_rows(const T** addresses) const {
-    for (int i = threadIdx.x; i < rows; i += blockDim.x)
-      addresses[i] = all.row(unit(i >> pair), i & pair);
-    __syncthreads();
-  }
 
   // Of the thread's chunk i, in elements. One past the row is another of the row's: x is zero
   // there.
   __device__ unsigned offset(int i) const {
     const unsigned chunk = threadIdx.x + i * blockDim.x;
     return (chunk < static_cast<unsigned>(chunks) ? chunk : 0u) * kSize;
+  }
+
+  __device__ const T* row(int j) const {
+    return all.template row<kLayout>(unit(j >> pair), j & pair);
+  }
+
+  // The thread's chunk i of row j, one of the first `from` of fill_table.
+  __device__ const T* early_chunk(int j, int i) const {
+    if constexpr (kTable) return row(j) + offset(i);
+    return chunk(j, i);
+  }
+  // To work the other rows' addresses out in the loop would take as long as the products.
+  __device__ void fill_table(int from) const {
+    if constexpr (kTable) {
+      for (int j = threadIdx.x + from; j < rows; j += blockDim.x) table[j] = row(j);
+      if (rows > from) __syncthreads();
+    }
+  }
+  __device__ const T* chunk(int j, int i) const {
+    if constexpr (kTable) return table[j < rows ? j : rows - 1] + offset(i);
+    const int half = kLayout == Layout::kPair ? j % 2 : 0;
+    const T* at = first[half][i] + int64_t{step} * (kLayout == Layout::kPair ? j / 2 : j);
+    if constexpr (kLayout == Layout::kSeveral) {
+      if (unit(j) >= all.end[0]) at += all.apart[0];
+      if (unit(j) >= all.end[1]) at += all.apart[1];
+    }
+    return at;
   }
 
   // The thread's chunks of a vector, null or [size]; zero past it.
@@ -259,54 +234,68 @@ struct BlockRows {
   }
 };
 
-template <typename T, bool kNorm, int kLoads, int kBatch>
-__global__ void __maxnreg__(kRegisters)
+template <typename T, NormKind kNorm, Layout kLayout, int kLoads, int kBatch>
+__global__ void __maxnreg__(registers_of(kNorm != NormKind::kNone, kLoads, kBatch))
     decode_linear_kernel(const __grid_constant__ DecodeLinear p,
-                         const __grid_constant__ RowTable<T> all, const int chunks, const int units,
-                         const int max_rows) {
+                         const __grid_constant__ RowTable<T> all,
+                         const __grid_constant__ Shape shape) {
   using V = Vec16<T>;
   constexpr int kRows = kInFlight / kLoads;
-  extern __shared__ uint64_t dynamic[];
-  const T** const addresses = reinterpret_cast<const T**>(dynamic);  // [row of the block]
-  float* const sums = reinterpret_cast<float*>(dynamic + max_rows);  // [row][sequence][warp]
-  __shared__ float shared[2][1][kMaxWarps], squares[kBatch][kMaxWarps];
+  using Block = BlockRows<T, kLayout, kLoads>;
+  extern __shared__ uint64_t dynamic[];  // the table, then [row][sequence][warp]
+  float* const sums = reinterpret_cast<float*>(dynamic + Block::kTable * shape.max_rows);
+  __shared__ float squares[kBatch][kMaxParts], moments[2 * kBatch][kMaxWarps];
   pdl_trigger();
-  const BlockRows<T, kLoads> block(all, chunks, units);
+  const Block block(all, shape, reinterpret_cast<const T**>(dynamic));
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int num_warps = blockDim.x / kWarpSize;
   V rows[kRows][kLoads], weight[kLoads], bias[kLoads];
-  block.find_rows(addresses);
+  if constexpr (kNorm != NormKind::kNone) block.load_vector(weight, p.norm_weight);
+  if constexpr (kNorm == NormKind::kLayer) block.load_vector(bias, p.norm_bias);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const T* row = addresses[r < block.rows ? r : 0];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
-      load_weights<true>(rows[r][i], row + block.offset(i), r < block.rows);
+      load_weights<true>(rows[r][i], block.early_chunk(r, i), r < block.rows);
   }
-  if constexpr (kNorm) {
-    block.load_vector(weight, p.norm_weight);
-    block.load_vector(bias, p.norm_bias);
-  }
-  const Biases<T> biases(all, block.unit(threadIdx.x), units);
+  // A group of kParts lanes adds up and writes an output.
+  const int outputs = (block.rows >> block.pair) * kBatch;
+  const auto output_of = [&](int first) { return min(first + lane / kParts, outputs - 1); };
+  const int first_output = output_of(warp * kGroups);
+  Extras<T, kLayout> extras(all, block.unit(first_output / kBatch));
+  block.fill_table(kRows);
   pdl_wait();
 
   Slice<T, kNorm, kLoads> x[kBatch];
 #pragma unroll
-  for (int s = 0; s < kBatch; ++s) x[s].load_x(p.x, s, chunks);
-  const int first_unit = block.unit(threadIdx.x);
-  const float old = first_unit < units ? old_output(p, first_unit) : 0.f;
-  if constexpr (kNorm) {
+  for (int s = 0; s < kBatch; ++s) x[s].load_x(p.x, s, shape.chunks);
+  const auto index_of = [&](int output) {
+    return int64_t{output % kBatch} * shape.units + block.unit(output / kBatch);
+  };
+  if constexpr (kNorm == NormKind::kRms) {
 #pragma unroll
     for (int s = 0; s < kBatch; ++s) {
-      if (p.rms) {
-        const float square = warp_sum(x[s].scale_for_rms(weight));
-        if (lane == 0) squares[s][warp] = square;
-      } else {
-        if (s > 0) __syncthreads();
-        x[s].layer_norm(p, chunks, weight, bias, shared);
-      }
+      const float square = warp_sum(x[s].scale_for_rms(weight));
+      if (lane == 0) squares[s][warp] = square;
     }
   }
+  if constexpr (kNorm == NormKind::kLayer) {
+    float sum[2 * kBatch];
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s) {
+      float of[2];
+      x[s].shift(pilot_of(p.x, s, p.size), shape.chunks, of);
+      sum[2 * s] = of[0], sum[2 * s + 1] = of[1];
+    }
+    row_sum(sum, moments, blockDim.x);
+#pragma unroll
+    for (int s = 0; s < kBatch; ++s) {
+      const float mean = sum[2 * s] * shape.inv_size;
+      const float variance = sum[2 * s + 1] * shape.inv_size - mean * mean;
+      x[s].normalize(mean, rsqrtf(variance + shape.eps), weight, bias);
+    }
+  }
+  extras.load_old(p, index_of(first_output));
 
   for (int j = 0; j < block.rows; j += kRows) {
     constexpr int kCount = kRows * kBatch;
@@ -314,124 +303,110 @@ __global__ void __maxnreg__(kRegisters)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int next = j + r + kRows;
-      const T* row = addresses[next < block.rows ? next : 0];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const auto w = rows[r][i].floats();
+        float part[kBatch];  // of its own for each chunk: one long chain would delay the loads
 #pragma unroll
         for (int s = 0; s < kBatch; ++s) {
           const auto v = x[s].floats(i);
-          float& total = sum[r * kBatch + s];
+          part[s] = w[0] * v[0];
 #pragma unroll
-          for (int e = 0; e < V::kSize; ++e) total = fmaf(w[e], v[e], total);
+          for (int e = 1; e < V::kSize; ++e) part[s] = fmaf(w[e], v[e], part[s]);
           // The next row goes into this one's registers: without this it is loaded into others.
-          asm volatile("" : "+f"(total)::"memory");
+          asm volatile("" : "+f"(part[s])::"memory");
         }
-        load_weights<false>(rows[r][i], row + block.offset(i), next < block.rows);
+        load_weights<false>(rows[r][i], block.chunk(next, i), next < block.rows);
+#pragma unroll
+        for (int s = 0; s < kBatch; ++s) sum[r * kBatch + s] += part[s];
       }
     }
     sum_each(sum);
     constexpr int kLanes = kWarpSize / kCount;
     const int row = j + lane / kLanes / kBatch, s = lane / kLanes % kBatch;
     if (lane % kLanes == 0 && row < block.rows)
-      sums[(row * kBatch + s) * num_warps + warp] = sum[0];
+      sums[(row * kBatch + s) * parts_of(num_warps) + warp] = sum[0];
   }
   __syncthreads();
 
-  const auto total = [&](const float* parts) {
-    float sum = 0.f;
-    for (int w = 0; w < num_warps; ++w) sum += parts[w];
-    return sum;
+  const int part = lane % kParts, stride = parts_of(num_warps);
+  const auto part_of = [&](const float* parts) {
+    const float low = part < num_warps ? parts[part] : 0.f;
+    return part + kParts < num_warps ? low + parts[part + kParts] : low;
   };
-  const int outputs = block.rows >> block.pair;
-  for (int i = threadIdx.x; i < outputs * kBatch; i += blockDim.x) {
-    const int j = i % outputs, s = i / outputs, unit = block.unit(j);
-    float scale = 1.f;
-    if (kNorm && p.rms) {
-      float square = 0.f;
-      for (int w = 0; w < num_warps; ++w) square += squares[s][w];
-      scale = rsqrtf(square / static_cast<float>(p.size) + static_cast<float>(p.eps));
+  for (int first = warp * kGroups; first < outputs; first += num_warps * kGroups) {
+    const int output = output_of(first), s = output % kBatch;
+    const float* parts = sums + (((output / kBatch) << block.pair) * kBatch + s) * stride;
+    float y = part_of(parts), up = block.pair ? part_of(parts + kBatch * stride) : 0.f;
+    float square = kNorm == NormKind::kRms ? part_of(squares[s]) : 0.f;
+#pragma unroll
+    for (int offset = kParts / 2; offset > 0; offset /= 2) {
+      y += __shfl_xor_sync(0xffffffffu, y, offset);
+      up += __shfl_xor_sync(0xffffffffu, up, offset);
+      square += __shfl_xor_sync(0xffffffffu, square, offset);
     }
-    const float* parts = sums + ((j << block.pair) * kBatch + s) * num_warps;
-    const float y = total(parts) * scale;
-    const float up = block.pair ? total(parts + kBatch * num_warps) * scale : 0.f;
-    const int64_t index = int64_t{s} * units + unit;
-    const bool first = i < static_cast<int>(blockDim.x) && s == 0;  // loaded early
-    write_output<T>(p, index, y, up, first ? biases : Biases<T>(all, unit, units),
-                    first ? old : old_output(p, index));
-  }
-}
-
-// Any size and alignment, for one sequence: a warp a row, one element a load, the norm anew for
-// every row.
-template <typename T>
-__global__ void __launch_bounds__(256)
-    decode_linear_elements_kernel(const __grid_constant__ DecodeLinear p,
-                                  const __grid_constant__ RowTable<T> all, const int units) {
-  __shared__ float shared[2][1][kMaxWarps];
-  pdl_trigger();
-  pdl_wait();
-  const auto x = [&](int64_t k) {
-    return p.norm_weight ? load_float(static_cast<const float*>(p.x) + k)
-                         : load_float(static_cast<const T*>(p.x) + k);
-  };
-  const T* norm_weight = static_cast<const T*>(p.norm_weight);
-  const T* norm_bias = static_cast<const T*>(p.norm_bias);
-  const float inv_size = 1.f / static_cast<float>(p.size);
-  float mean[1] = {}, square[1] = {};
-  if (norm_weight && !p.rms) {
-    for (int64_t k = threadIdx.x; k < p.size; k += blockDim.x) mean[0] += x(k);
-    row_sum(mean, shared[0], blockDim.x);
-    mean[0] *= inv_size;
-  }
-  for (int64_t k = threadIdx.x; k < p.size && norm_weight; k += blockDim.x) {
-    square[0] += (x(k) - mean[0]) * (x(k) - mean[0]);
-  }
-  row_sum(square, shared[1], blockDim.x);
-  const float rstd = rsqrtf(square[0] * inv_size + static_cast<float>(p.eps));
-  const auto normed = [&](int64_t k) {
-    if (!norm_weight) return x(k);
-    const float y = (x(k) - mean[0]) * rstd * load_float(norm_weight + k);
-    return norm_bias ? y + load_float(norm_bias + k) : y;
-  };
-  const int warps = blockDim.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int unit = blockIdx.x * warps + threadIdx.x / kWarpSize; unit < units;
-       unit += gridDim.x * warps) {
-    const T *row = all.row(unit, 0), *up = all.row(unit, all.pair);
-    float y = 0.f, y_up = 0.f;
-    for (int64_t k = lane; k < p.size; k += kWarpSize) {
-      const float n = normed(k);
-      y = fmaf(load_float(row + k), n, y);
-      if (all.pair) y_up = fmaf(load_float(up + k), n, y_up);
+    if constexpr (kNorm == NormKind::kRms) {
+      const float scale = rsqrtf(square * shape.inv_size + shape.eps);
+      y *= scale, up *= scale;
     }
-    y = warp_sum(y), y_up = warp_sum(y_up);
-    if (lane == 0) {
-      write_output<T>(p, unit, y, y_up, Biases<T>(all, unit, units), old_output(p, unit));
-    }
+    if (part == 0 && first + lane / kParts < outputs)
+      write_output(p, index_of(output), y, up, extras);
+    if (first + num_warps * kGroups >= outputs) break;
+    const int next = output_of(first + num_warps * kGroups);
+    extras = Extras<T, kLayout>(all, block.unit(next / kBatch));
+    extras.load_old(p, index_of(next));
   }
 }
 
 // As many blocks as are resident at once: a block that waited for another's place would read alone.
-template <typename T, bool kNorm, int kLoads, int kBatch>
-bool launch_vectors(const DecodeLinear& p, int64_t units, void* stream) {
+template <typename T, NormKind kNorm, Layout kLayout, int kLoads, int kBatch>
+void launch_kernel(const DecodeLinear& p, int64_t units, void* stream) {
+  constexpr int kRegisters = registers_of(kNorm != NormKind::kNone, kLoads, kBatch);
   const int64_t chunks = p.size / Vec16<T>::kSize;
-  const int threads = static_cast<int>(round_up(ceil_div(chunks, kLoads), kWarpSize));
+  const int threads = static_cast<int>(round_up(ceil_div(chunks, kLoads), 2 * kWarpSize));
   const DeviceInfo& device = device_info(kOp);
   const int64_t pair = p.epilogue == Epilogue::kGated;
-  const int resident = kRegistersOfMultiprocessor / (threads * kRegisters);
+  const int resident =
+      kRegistersOfMultiprocessor / (threads * std::max(kRegisters, kUsualRegisters));
   int64_t blocks = std::min<int64_t>(units, resident * device.num_sms);
-  const int64_t a_row = sizeof(T*) + kBatch * (threads / kWarpSize) * sizeof(float);
+  const int64_t a_row = sizeof(T*) + kBatch * parts_of(threads / kWarpSize) * sizeof(float);
   const int64_t most = device.max_shared_bytes / 2 / a_row >> pair;  // units of a block
   blocks = std::max(blocks, ceil_div(units, most));
-  const int64_t max_rows = ceil_div(units, blocks) << pair, shared = max_rows * a_row;
-  launch(kOp, decode_linear_kernel<T, kNorm, kLoads, kBatch>, {blocks}, threads, int(shared),
-         stream, p, RowTable<T>(p), static_cast<int>(chunks), static_cast<int>(units),
-         static_cast<int>(max_rows));
+  const int64_t max_rows = ceil_div(units, blocks) << pair;
+  const Shape shape = {static_cast<int>(chunks),         static_cast<int>(units),
+                       static_cast<int>(units / blocks), static_cast<int>(units % blocks),
+                       static_cast<int>(max_rows),       1.f / static_cast<float>(p.size),
+                       static_cast<float>(p.eps)};
+  launch(kOp, decode_linear_kernel<T, kNorm, kLayout, kLoads, kBatch>, step_grid(blocks), threads,
+         static_cast<int>(max_rows * a_row), stream, p, RowTable<T>(p), shape);
+}
+
+// With the layouts that models have, for one sequence; all others are found by the table.
+template <typename T, NormKind kNorm, int kLoads, int kBatch>
+bool launch_vectors(const DecodeLinear& p, int64_t units, void* stream) {
+  using F = void (*)(const DecodeLinear&, int64_t, void*);
+  F launch_layout = launch_kernel<T, kNorm, Layout::kAny, kLoads, kBatch>;
+  if constexpr (kBatch == 1 && kLoads < 8) {
+    const auto* w = p.weights;
+    const auto same_stride = [&](int i) {
+      return i >= p.num_weights || w[i].stride == w[0].stride;
+    };
+    if (p.epilogue != Epilogue::kGated && p.num_weights == 1) {
+      launch_layout = launch_kernel<T, kNorm, Layout::kOne, kLoads, 1>;
+    } else if constexpr (kNorm != NormKind::kNone) {
+      if (p.epilogue == Epilogue::kGated && same_stride(1)) {
+        launch_layout = launch_kernel<T, kNorm, Layout::kPair, kLoads, 1>;
+      } else if (p.epilogue != Epilogue::kGated && same_stride(1) && same_stride(2)) {
+        launch_layout = launch_kernel<T, kNorm, Layout::kSeveral, kLoads, 1>;
+      }
+    }
+  }
+  launch_layout(p, units, stream);
   return true;
 }
 
 // The fewest loads a thread with which a block holds a row; false where none does.
-template <typename T, bool kNorm, int kBatch>
+template <typename T, NormKind kNorm, int kBatch>
 bool launch_loads(const DecodeLinear& p, int64_t units, void* stream) {
   const int64_t chunks = p.size / Vec16<T>::kSize;
   if (chunks <= kThreads) return launch_vectors<T, kNorm, 1, kBatch>(p, units, stream);
@@ -445,7 +420,7 @@ bool launch_loads(const DecodeLinear& p, int64_t units, void* stream) {
   return false;
 }
 
-template <typename T, bool kNorm>
+template <typename T, NormKind kNorm>
 bool launch_batch(const DecodeLinear& p, int64_t units, void* stream) {
   if (p.batch == 4) return launch_loads<T, kNorm, 4>(p, units, stream);
   if (p.batch == 2) return launch_loads<T, kNorm, 2>(p, units, stream);
@@ -470,23 +445,23 @@ template <typename T>
 void launch_all(const DecodeLinear& p, int64_t units, void* stream) {
   const auto* w = p.weights;
   const bool vectors = p.size > 0 && p.size % Vec16<T>::kSize == 0 &&
+                       std::max({w[0].stride, w[1].stride, w[2].stride}) <= kMaxStride &&
                        rows_aligned({{p.x}, {p.norm_weight}, {p.norm_bias}}, 1, sizeof(T)) &&
                        rows_aligned({{w[0].weight, w[0].stride}}, w[0].rows, sizeof(T)) &&
                        rows_aligned({{w[1].weight, w[1].stride}}, w[1].rows, sizeof(T)) &&
                        rows_aligned({{w[2].weight, w[2].stride}}, w[2].rows, sizeof(T));
   const auto try_vectors = [&](const DecodeLinear& part) {
     if (!vectors) return false;
-    return p.norm_weight ? launch_batch<T, true>(part, units, stream)
-                         : launch_batch<T, false>(part, units, stream);
+    if (!p.norm_weight) return launch_batch<T, NormKind::kNone>(part, units, stream);
+    return p.rms ? launch_batch<T, NormKind::kRms>(part, units, stream)
+                 : launch_batch<T, NormKind::kLayer>(part, units, stream);
   };
   for (int64_t first = 0, count = 0; first < p.batch; first += count) {
     count = p.batch - first >= 4 ? 4 : p.batch - first >= 2 ? 2 : 1;
     while (count > 0 && !try_vectors(sequences<T>(p, units, first, count))) count /= 2;
     if (count > 0) continue;
     count = 1;
-    const int64_t blocks = std::min<int64_t>(ceil_div(units, 8), 4 * device_info(kOp).num_sms);
-    launch(kOp, decode_linear_elements_kernel<T>, {blocks}, 256, 0, stream,
-           sequences<T>(p, units, first, count), RowTable<T>(p), static_cast<int>(units));
+    decode_linear_elements(sequences<T>(p, units, first, count), units, stream);
   }
 }
 

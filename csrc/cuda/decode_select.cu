@@ -5,10 +5,9 @@
 // and advances the state. Only maxima are taken, so the order of arrival changes nothing.
 #include <algorithm>
 
+#include "../include/decode.cuh"
 #include "../include/decode.h"
-#include "../include/launch.cuh"
 #include "../include/reduce.cuh"
-#include "../include/vec.cuh"
 
 namespace hf_fuse {
 namespace {
@@ -81,27 +80,24 @@ __device__ uint64_t largest_of(const DecodeSelect& p, const float* logits) {
   return key;
 }
 
-__device__ void advance_sequence(const DecodeSelect& p, int64_t b, int64_t step, int64_t best) {
-  const bool finished = p.finished[b] != 0;
-  const int64_t token = finished ? p.pad : best;
-  p.token[b] = token;
-  p.finished[b] = finished || is_eos(p, token);
-  if (step < p.max_steps) p.history[step * p.batch + b] = token;
-}
-
-// By the last block: a warp a sequence.
-__device__ void advance(const DecodeSelect& p, Workspace* workspace) {
+// By the last block: a warp a sequence. What it reads beside the slots is asked for with them.
+__device__ void advance(const DecodeSelect& p, Workspace* workspace, int64_t step) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t step = *p.step;
   for (int64_t b = warp; b < p.batch; b += kWarps) {
+    const bool finished = p.finished[b] != 0;
+    const int64_t eos = lane < p.num_eos ? p.eos[lane] : INT64_MIN;
     uint64_t key = 0;
     for (int i = lane; i < int(gridDim.x); i += kWarpSize) {
       key = max(key, __ldcg(&workspace->slots[b * gridDim.x + i]));
     }
-    key = warp_max(key);
-    if (lane == 0) advance_sequence(p, b, step, index_of(key));
+    const int64_t token = finished ? p.pad : index_of(warp_max(key));
+    bool ends = __any_sync(0xffffffffu, token == eos);
+    for (int64_t i = kWarpSize; i < p.num_eos; ++i) ends |= token == p.eos[i];
+    if (lane != 0) continue;
+    p.token[b] = token;
+    p.finished[b] = finished || ends;
+    if (step < p.max_steps) p.history[step * p.batch + b] = token;
   }
-  __threadfence_system();  // history may lie on the host
   __syncthreads();
   if (threadIdx.x != 0) return;
   workspace->arrived = 0;
@@ -117,8 +113,9 @@ __global__ void __launch_bounds__(kThreads) decode_select_kernel(const DecodeSel
   auto* workspace = static_cast<Workspace*>(p.workspace);
   const int64_t b = blockIdx.y;
   const float* logits = p.logits + b * p.vocab;
-  const uint64_t key = block_max(*p.step < p.min_step ? largest_of<V, true>(p, logits)
-                                                      : largest_of<V, false>(p, logits));
+  const int64_t step = *p.step;
+  const uint64_t key = block_max(step < p.min_step ? largest_of<V, true>(p, logits)
+                                                   : largest_of<V, false>(p, logits));
   if (threadIdx.x == 0) {
     workspace->slots[b * gridDim.x + blockIdx.x] = key;
     __threadfence();
@@ -126,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) decode_select_kernel(const DecodeSel
     __threadfence();
   }
   __syncthreads();
-  if (last) advance(p, workspace);
+  if (last) advance(p, workspace, step);
 }
 
 }  // namespace
@@ -140,7 +137,8 @@ void decode_select(const DecodeSelect& p, void* stream) {
   const int64_t blocks = std::min(std::clamp<int64_t>(kBlocks / p.batch, 1, kMaxBlocks),
                                   ceil_div(p.vocab, kLogitsPerBlock));
   const auto run = [&](auto width) {
-    launch(kOp, decode_select_kernel<decltype(width)>, {blocks, p.batch}, kThreads, 0, stream, p);
+    launch(kOp, decode_select_kernel<decltype(width)>, step_grid(blocks, p.batch), kThreads, 0,
+           stream, p);
   };
   const bool vectors = p.vocab % 4 == 0 && rows_aligned({{p.logits}}, 1, sizeof(float));
   vectors ? run(Vec<float, 4>()) : run(Vec<float, 1>());

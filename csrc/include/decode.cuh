@@ -1,9 +1,17 @@
 // A step's kernels overlap: each starts while the one before it ends, and loads what no kernel of
 // the step writes (weights) before it waits for the rest.
 #pragma once
+#include "launch.cuh"
 #include "vec.cuh"
 
 namespace hf_fuse {
+
+// The grid of a step's kernel. All of them ask for the same carveout: a multiprocessor has to be
+// empty to change it, and could not run two of them side by side.
+inline Grid step_grid(int64_t x, int64_t y = 1, int cluster = 1) {
+  constexpr int kCarveout = 25;
+  return {x, y, cluster, kCarveout};
+}
 
 // 16 bytes of weights, read once; v is unspecified where not `present`. Before the wait the load
 // has to be a strong one: ptxas moves weak and read-only loads below it.
@@ -28,16 +36,26 @@ __device__ inline void load_weights(V& v, const typename V::Element* ptr, bool p
   }
 }
 
-// One element of them, always by the strong load.
+// The strong load for all else: 16 bytes, one element, a number.
 template <typename V>
 __device__ inline V load_before_wait(const typename V::Element* ptr) {
   V v;
-  if constexpr (sizeof(V) == 4) {
+  if constexpr (sizeof(V) == 16) {
+    load_weights<true>(v, ptr, true);
+  } else if constexpr (sizeof(V) == 4) {
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v.words[0]) : "l"(ptr) : "memory");
   } else {
     asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v.words[0]) : "l"(ptr) : "memory");
   }
   return v;
+}
+__device__ inline float load_before_wait(const float* ptr) {
+  return load_before_wait<Vec<float, 1>>(ptr).floats()[0];
+}
+__device__ inline int64_t load_before_wait(const int64_t* ptr) {
+  int64_t value;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(ptr) : "memory");
+  return value;
 }
 
 }  // namespace hf_fuse

@@ -74,7 +74,8 @@ inline const DeviceInfo& device_info(const char* op) {
 
 struct Grid {
   int64_t x, y = 1;
-  int cluster = 1;  // blocks along x that form a cluster, up to 16; above 1 needs sm_90
+  int cluster = 1;    // blocks along x that form a cluster, up to 16; above 1 needs sm_90
+  int carveout = -1;  // shared memory's part of the L1 cache, in percent; -1: the driver's choice
 };
 
 template <typename... Params, typename... Args>
@@ -87,6 +88,10 @@ void launch(const char* op, void (*kernel)(Params...), Grid grid, dim3 block, in
   if (shared_bytes > 48 * 1024) {
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         shared_bytes));
+  }
+  if (grid.carveout >= 0) {
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        grid.carveout));
   }
   constexpr int kPortableCluster = 8;
   if (grid.cluster > kPortableCluster) {

@@ -24,10 +24,12 @@ void check_matrix(const char* op, const char* name, const Tensor& t, int64_t row
 
 int64_t* int64_of(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
 
-void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                   double eps, bool rms, Tensor weight1, OptionalTensor weight2,
-                   OptionalTensor weight3, OptionalTensor bias1, OptionalTensor bias2,
-                   OptionalTensor bias3, int64_t epilogue, int64_t act) {
+DecodeLinear checked_linear(const Tensor& out, const Tensor& x, const OptionalTensor& norm_weight,
+                            const OptionalTensor& norm_bias, double eps, bool rms,
+                            const Tensor& weight1, const OptionalTensor& weight2,
+                            const OptionalTensor& weight3, const OptionalTensor& bias1,
+                            const OptionalTensor& bias2, const OptionalTensor& bias3,
+                            int64_t epilogue, int64_t act) {
   const char* op = "decode_linear";
   DecodeLinear p{};
   p.dtype = dtype_of(op, "weight1", weight1);
@@ -86,9 +88,38 @@ void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTen
   else
     check_like(op, "out", out, "weight1", weight1);
   p.x = x.data_ptr(), p.out = out.data_ptr();
-  if (p.batch == 0 || rows == 0) return;
+  return p;
+}
+
+void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                   double eps, bool rms, Tensor weight1, OptionalTensor weight2,
+                   OptionalTensor weight3, OptionalTensor bias1, OptionalTensor bias2,
+                   OptionalTensor bias3, int64_t epilogue, int64_t act) {
+  const DecodeLinear p = checked_linear(out, x, norm_weight, norm_bias, eps, rms, weight1, weight2,
+                                        weight3, bias1, bias2, bias3, epilogue, act);
+  if (out.numel() == 0) return;
   DeviceGuard guard(x);
   hf_fuse::decode_linear(p, stream_of(x));
+}
+
+void decode_linear_two(Tensor out1, Tensor out2, Tensor x, Tensor norm_weight1,
+                       OptionalTensor norm_bias1, Tensor norm_weight2, OptionalTensor norm_bias2,
+                       double eps, bool rms, Tensor weight1, OptionalTensor bias1, Tensor weight2,
+                       OptionalTensor bias2, int64_t act) {
+  const OptionalTensor none;
+  const auto checked = [&](const Tensor& out, const OptionalTensor& norm_weight,
+                           const OptionalTensor& norm_bias, const Tensor& weight,
+                           const OptionalTensor& bias, Epilogue epilogue) {
+    return checked_linear(out, x, norm_weight, norm_bias, eps, rms, weight, none, none, bias, none,
+                          none, static_cast<int64_t>(epilogue), act);
+  };
+  const DecodeLinear a = checked(out1, norm_weight1, norm_bias1, weight1, bias1, Epilogue::kStore);
+  const DecodeLinear b = checked(out2, norm_weight2, norm_bias2, weight2, bias2, Epilogue::kAct);
+  check_like("decode_linear", "weight2", weight2, "weight1", weight1);
+  if (out1.numel() == 0 || out2.numel() == 0)
+    fail("decode_linear: two projections need rows, got ", shape_of(out1), " and ", shape_of(out2));
+  DeviceGuard guard(x);
+  hf_fuse::decode_linear_two(a, b, stream_of(x));
 }
 
 void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cache, Tensor length,
@@ -216,6 +247,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
       "decode_linear(Tensor(a!) out, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, "
       "bool rms, Tensor weight1, Tensor? weight2, Tensor? weight3, Tensor? bias1, Tensor? bias2, "
       "Tensor? bias3, int epilogue, int act) -> ()");
+  // out1 = weight1 @ norm1(x) + bias1, out2 = act(weight2 @ norm2(x) + bias2)
+  m.def(
+      "decode_linear_two(Tensor(a!) out1, Tensor(b!) out2, Tensor x, Tensor norm_weight1, Tensor? "
+      "norm_bias1, Tensor norm_weight2, Tensor? norm_bias2, float eps, bool rms, Tensor weight1, "
+      "Tensor? bias1, Tensor weight2, Tensor? bias2, int act) -> ()");
   // q, k, v into out, k and v into the caches at length
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, "
@@ -238,6 +274,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(hf_fuse, HF_FUSE_KEY, m) {
   m.impl("decode_linear", TORCH_BOX(&hf_fuse::bindings::decode_linear));
+  m.impl("decode_linear_two", TORCH_BOX(&hf_fuse::bindings::decode_linear_two));
   m.impl("decode_attention", TORCH_BOX(&hf_fuse::bindings::decode_attention));
   m.impl("decode_embed", TORCH_BOX(&hf_fuse::bindings::decode_embed));
   m.impl("decode_select", TORCH_BOX(&hf_fuse::bindings::decode_select));

@@ -68,6 +68,8 @@ class DecodeResult:
     unpatched: Timing
     patched: Timing
     report: Report
+    static_compile: Timing | None = None  # transformers' static cache and torch.compile
+    floor_ms: float | None = None  # the bytes of a step at the measured read bandwidth
 
     @property
     def speedup(self) -> float:
@@ -86,6 +88,8 @@ def evaluate_decode(
     new_tokens: int = 64,
     repeats: int = 3,
     progress: bool = True,
+    static_compile: bool = False,
+    read_bandwidth: float | None = None,
     **patch_options: Any,
 ) -> DecodeResult:
     """Greedy `generate` unpatched and patched, in turns, timed token by token.
@@ -96,6 +100,9 @@ def evaluate_decode(
         new_tokens: tokens to generate a row, at least 2; the end-of-text token is suppressed.
         repeats: timed turns a variant.
         progress: show a progress bar.
+        static_compile: also time the unpatched model with `cache_implementation="static"`, which
+            transformers compiles on a GPU (the first call takes up to a minute).
+        read_bandwidth: bytes a second, for `floor_ms`; see `read_bandwidth`.
         patch_options: passed to `hf_fuse.patched`.
 
     Raises:
@@ -103,10 +110,12 @@ def evaluate_decode(
     """
     _check(model, input_ids, new_tokens, repeats)
     options = {"verify": False, **patch_options}  # the tokens are compared below
-    unpatched, patched = _Variant(), _Variant()
+    unpatched, patched, compiled = _Variant(), _Variant(), _Variant()
     with evaluating(model):
         for _ in _progress(range(repeats), progress):
             unpatched.take_turn(model, input_ids, new_tokens)
+            if static_compile:
+                compiled.take_turn(model, input_ids, new_tokens, cache_implementation="static")
             with hf_fuse.patched(model, **options):
                 patched.take_turn(model, input_ids, new_tokens)
                 report = hf_fuse.report(model)
@@ -124,7 +133,45 @@ def evaluate_decode(
         unpatched=unpatched.timing(),
         patched=patched.timing(),
         report=report,
+        static_compile=compiled.timing() if static_compile else None,
+        floor_ms=None
+        if read_bandwidth is None
+        else 1e3 * step_bytes(model, input_ids.shape, new_tokens) / read_bandwidth,
     )
+
+
+def step_bytes(model: Any, prompt: Sequence[int], new_tokens: int) -> int:
+    """What a decoding step must read: every weight but the tables it takes a row of, and the cache
+    at its mean length. `prompt` is [batch_size, prompt_length].
+    """
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    unread = {id(table)} - {id(head)}
+    unread |= {id(p) for name, p in model.named_parameters() if name.endswith("wpe.weight")}
+    weights = sum(p.nbytes for p in model.parameters() if id(p) not in unread)
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slot = 2 * config.num_hidden_layers * heads * head_dim * table.element_size()
+    return weights + prompt[0] * (prompt[1] + new_tokens // 2) * slot
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second at which a GPU reads: the fastest of a few products of one row with 1 GiB of
+    weights, far more than the L2 cache holds.
+    """
+    size, rows = 4096, 131072
+    weight = torch.randn(rows, size, device=device, dtype=torch.bfloat16)
+    x = torch.randn(1, size, device=device, dtype=torch.bfloat16)
+    out = torch.empty(1, rows, device=device)
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        hf_fuse.ops.decode_linear(out, x, [weight])
+        end.record()
+        end.synchronize()
+        times.append(1e-3 * start.elapsed_time(end))
+    return weight.nbytes / min(times)
 
 
 def first_mismatch(expected: Tensor, got: Tensor) -> tuple[int, int] | None:
@@ -149,15 +196,17 @@ class _Variant:
     tokens_per_s: list[float] = field(default_factory=list)
     peak_memory: int = 0
 
-    def take_turn(self, model: nn.Module, input_ids: Tensor, new_tokens: int) -> None:
+    def take_turn(
+        self, model: nn.Module, input_ids: Tensor, new_tokens: int, **options: Any
+    ) -> None:
         """A warm-up of the same shape, then the timed `generate`."""
-        _generate(model, input_ids, new_tokens, None)
+        _generate(model, input_ids, new_tokens, None, **options)
         device = input_ids.device
         reset_peak_memory(device)
         clock = _Clock()
         synchronize(device)
         start = time.perf_counter()
-        tokens = _generate(model, input_ids, new_tokens, clock)
+        tokens = _generate(model, input_ids, new_tokens, clock, **options)
         synchronize(device)
         elapsed = time.perf_counter() - start
         self.tokens.append(tokens)
@@ -199,7 +248,11 @@ class _Clock(BaseStreamer):
 
 
 def _generate(
-    model: Any, input_ids: Tensor, new_tokens: int, streamer: BaseStreamer | None
+    model: Any,
+    input_ids: Tensor,
+    new_tokens: int,
+    streamer: BaseStreamer | None,
+    **options: Any,
 ) -> Tensor:
     """The new tokens, [batch_size, new_tokens], on the CPU."""
     output = model.generate(
@@ -211,6 +264,7 @@ def _generate(
         max_new_tokens=new_tokens,
         pad_token_id=_pad_token_id(model),
         streamer=streamer,
+        **options,
     )
     return output[:, input_ids.shape[1] :].cpu()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hf_fuse
 from hf_fuse.eval.environment import UsageError
+from hf_fuse.eval.shapes import PREFIX, build_shape
 from hf_fuse.eval.text import Text, TextError, repeat_to_length
 
 MODELS = Path(__file__).resolve().parent / "models"
@@ -34,10 +35,11 @@ def default_device() -> str:
 def load_model(
     name: str, *, dtype: str = "auto", device: str | None = None, progress: bool = True
 ) -> tuple[nn.Module, Any]:
-    """The model in evaluation mode on `device`, and its tokenizer.
+    """The model in evaluation mode on `device`, and its tokenizer; None for a shape.
 
     Args:
-        name: a folder, a hub name, or the name of a tiny model.
+        name: a folder, a hub name, the name of a tiny model, or `shape:` and one of
+            `hf_fuse.eval.shapes.SHAPES`.
         dtype: one of `DTYPES`; "auto" is the checkpoint's own.
         device: default the GPU where there is one.
         progress: let transformers show its progress bars, on a terminal.
@@ -49,6 +51,8 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     target = _device(device)
+    if name.startswith(PREFIX):
+        return build_shape(name.removeprefix(PREFIX), dtype, target), None
     path = _resolve(name)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -81,7 +85,12 @@ def encode(tokenizer: Any, text: Text, max_tokens: int | None = None) -> Tensor:
 
 
 def prompts(tokenizer: Any, text: Text, batch_size: int, prompt_length: int) -> Tensor:
-    """Consecutive pieces of the text, int64 [batch_size, prompt_length]; a short one repeats."""
+    """Consecutive pieces of the text, int64 [batch_size, prompt_length]; a short one repeats.
+    Without a tokenizer, random tokens.
+    """
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(2, 30000, (batch_size, prompt_length), generator=generator)
     ids = repeat_to_length(encode(tokenizer, text).tolist(), batch_size * prompt_length)
     return torch.tensor(ids).view(batch_size, prompt_length)
 

@@ -61,6 +61,8 @@ def perplexity_table(result: PerplexityResult) -> str:
 def decode_table(result: DecodeResult) -> str:
     """Whether the answers agree, then the two variants' times."""
     rows = [_timing_row("unpatched", result.unpatched), _timing_row("patched", result.patched)]
+    if result.static_compile:
+        rows.insert(1, _timing_row("static cache, compiled", result.static_compile))
     headers = ["variant", "TTFT ms", "TPOT p10 ms", "p50", "p90", "tokens/s", "peak MiB"]
     return "\n".join([
         f"greedy tokens identical: {identical(result)}",
@@ -69,8 +71,40 @@ def decode_table(result: DecodeResult) -> str:
         "",
         f"{result.speedup:.2f}× the unpatched speed (median TPOT); prompt {result.prompt_length}, "
         f"{result.new_tokens} new tokens, batch {result.batch_size}, {result.repeats} turns each",
+        *_floor_line(result),
         *fused_lines(result.report),
     ])  # fmt: skip
+
+
+def sweep_table(results: Sequence[DecodeResult]) -> str:
+    """A line for each batch size and prompt length: median TPOT of every variant, tokens/s."""
+    headers = ["batch", "prompt", "unpatched ms", "compiled", "patched", "floor", "×", "tokens/s"]
+    rows = [
+        [
+            str(r.batch_size),
+            str(r.prompt_length),
+            f"{r.unpatched.tpot_ms.p50:.3f}",
+            f"{r.static_compile.tpot_ms.p50:.3f}" if r.static_compile else "",
+            f"{r.patched.tpot_ms.p50:.3f}",
+            f"{r.floor_ms:.3f}" if r.floor_ms else "",
+            f"{r.speedup:.2f}",
+            f"{1e3 * r.batch_size / r.patched.tpot_ms.p50:.0f}",
+        ]
+        for r in results
+    ]
+    different = [
+        f"batch {r.batch_size}, prompt {r.prompt_length}: greedy tokens identical: {identical(r)}"
+        for r in results
+        if not r.identical
+    ]
+    return "\n".join([table(headers, rows), *different, *fused_lines(results[-1].report)])
+
+
+def _floor_line(result: DecodeResult) -> list[str]:
+    if result.floor_ms is None:
+        return []
+    over = result.patched.tpot_ms.p50 / result.floor_ms
+    return [f"floor (bytes at the measured read bandwidth) {result.floor_ms:.3f} ms; {over:.2f} ×"]
 
 
 def fused_lines(report: Report) -> list[str]:
@@ -131,15 +165,21 @@ def write_png(
     path: str | Path,
     perplexities: Mapping[str, PerplexityResult] | None = None,
     decodes: Mapping[str, DecodeResult] | None = None,
+    sweep: Sequence[DecodeResult] | None = None,
 ) -> None:
-    """Draw perplexity bars and TPOT distributions, each keyed by the model's name.
+    """Draw perplexity bars and TPOT distributions, each keyed by the model's name, and the TPOT of
+    a sweep.
 
     Raises UsageError without matplotlib, or for a path it cannot write.
     """
     figure_module = require("matplotlib.figure", "eval", "a PNG")
     panels = [
         (draw, data)
-        for draw, data in ((_draw_perplexity, perplexities), (_draw_tpot, decodes))
+        for draw, data in (
+            (_draw_perplexity, perplexities),
+            (_draw_tpot, decodes),
+            (_draw_sweep, sweep),
+        )
         if data
     ]
     figure = figure_module.Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
@@ -192,6 +232,24 @@ def _draw_tpot(axes: Any, results: Mapping[str, DecodeResult]) -> None:
     axes.set_ylabel("time per output token, ms (lower is better)")
     axes.set_title("TPOT: median, quartiles, p10 to p90")
     _finish(axes, list(results))
+
+
+def _draw_sweep(axes: Any, results: Sequence[DecodeResult]) -> None:
+    labels = [f"{r.batch_size} × {r.prompt_length}" for r in results]
+    lines = [
+        ("unpatched", [r.unpatched.tpot_ms.p50 for r in results], _UNPATCHED),
+        ("patched", [r.patched.tpot_ms.p50 for r in results], _PATCHED),
+        ("floor", [r.floor_ms for r in results], "black"),
+        ("compiled", [r.static_compile and r.static_compile.tpot_ms.p50 for r in results], "C2"),
+    ]
+    for name, values, color in lines:
+        if all(values):
+            axes.plot(range(len(labels)), values, "o-", color=color, label=name)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(labels)), labels, rotation=45)
+    axes.set_xlabel("batch × prompt length")
+    axes.set_ylabel("time per output token, ms")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _above(axes: Any, x: float, y: float, text: str) -> None:

@@ -42,7 +42,10 @@ def _ppl(arguments: argparse.Namespace) -> int:
     from hf_fuse.eval.loading import encode
     from hf_fuse.eval.perplexity import evaluate_perplexity
     from hf_fuse.eval.report import perplexity_table
+    from hf_fuse.eval.shapes import PREFIX
 
+    if arguments.model.startswith(PREFIX):
+        raise UsageError(f"{arguments.model} has random weights and no tokenizer: no perplexity")
     text, model, tokenizer, options = _prepare(arguments)
     positions = _positions(model)
     context = arguments.context or min(1024, positions)
@@ -67,27 +70,41 @@ def _ppl(arguments: argparse.Namespace) -> int:
 
 
 def _tpot(arguments: argparse.Namespace) -> int:
-    from hf_fuse.eval.decode import evaluate_decode
+    from hf_fuse.eval.decode import evaluate_decode, read_bandwidth
     from hf_fuse.eval.environment import UsageError
     from hf_fuse.eval.loading import prompts
-    from hf_fuse.eval.report import decode_table
+    from hf_fuse.eval.report import decode_table, sweep_table
 
     text, model, tokenizer, options = _prepare(arguments)
-    positions, wanted = _positions(model), arguments.prompt_length + arguments.new_tokens
+    positions, wanted = _positions(model), max(arguments.prompt_length) + arguments.new_tokens
     if wanted > positions:
         raise UsageError(
             f"--prompt-length plus --new-tokens is {wanted}, over the model's {positions} positions"
         )
-    prompt = prompts(tokenizer, text, arguments.batch_size, arguments.prompt_length)
-    result = evaluate_decode(
-        model,
-        prompt.to(_device_of(model)),
-        new_tokens=arguments.new_tokens,
-        repeats=arguments.repeats,
-        **options,
-    )
-    print(f"{arguments.model}, {_dtype_of(model)}\n\n{decode_table(result)}")
-    _save(arguments, model, "decode", {}, result, decodes={_short(arguments): result})
+    device = _device_of(model)
+    results = []
+    bandwidth = read_bandwidth(device) if device.type == "cuda" else None
+    for length in arguments.prompt_length:
+        for batch_size in arguments.batch_size:
+            result = evaluate_decode(
+                model,
+                prompts(tokenizer, text, batch_size, length).to(device),
+                new_tokens=arguments.new_tokens,
+                repeats=arguments.repeats,
+                static_compile=arguments.compiled,
+                read_bandwidth=bandwidth,
+                **options,
+            )
+            results.append(result)
+    head = f"{arguments.model}, {_dtype_of(model)}\n\n"
+    facts = {} if bandwidth is None else {"read_bytes_per_s": bandwidth}
+    if len(results) == 1:
+        print(f"{head}{decode_table(result)}")
+        _save(arguments, model, "decode", facts, result, decodes={_short(arguments): result})
+    else:
+        print(f"{head}{sweep_table(results)}")
+        facts["results"] = [r.to_dict() for r in results]
+        _save(arguments, model, "decode sweep", facts, None, sweep=results)
     return 0
 
 
@@ -158,11 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
 
     tpot = _command(commands, "tpot", _tpot, "time to first token and time per output token")
-    _model_options(tpot)
-    _count(tpot, "--prompt-length", 128, "tokens a row")
+    _model_options(tpot, " or shape:NAME, random weights")
+    _counts(tpot, "--prompt-length", 128, "tokens a row; several for a sweep")
     _count(tpot, "--new-tokens", 128, "tokens to generate a row", least=2)
-    _count(tpot, "--batch-size", 1, "rows")
+    _counts(tpot, "--batch-size", 1, "rows; several for a sweep")
     _count(tpot, "--repeats", 3, "timed turns a variant")
+    tpot.add_argument(
+        "--compiled", action="store_true", help="also transformers' static cache, compiled (GPU)"
+    )
 
     demo = _command(commands, "demo", _demo, "both, over the three tiny models, in one table")
     _run_options(demo, dtype="float32", json="results/demo.json", png="results/demo.png")
@@ -179,9 +199,11 @@ def _command(
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(parser: argparse.ArgumentParser, more: str = "") -> None:
     tiny = "tiny-llama, tiny-gpt_neox, tiny-gpt2"
-    parser.add_argument("model", metavar="MODEL", help=f"a folder, a hub name, or one of {tiny}")
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"a folder, a hub name, or one of {tiny}{more}"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="a UTF-8 text; default Python's own manual")
     source.add_argument("--dataset", metavar="NAME", help="of the hub, owner/name[:config]")
@@ -205,12 +227,24 @@ def _count(
     parser: argparse.ArgumentParser, option: str, default: int | None, text: str, least: int = 1
 ) -> None:
     def count(value: str) -> int:
-        if not value.isdecimal() or int(value) < least:
-            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from {least} up")
-        return int(value)
+        return _whole_number(value, least)
 
     shown = text if default is None else f"{text}; default {default}"
     parser.add_argument(option, type=count, default=default, metavar="N", help=shown)
+
+
+def _counts(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    def counts(values: str) -> list[int]:
+        return [_whole_number(value, 1) for value in values.split(",")]
+
+    shown = f"{text}: 1,2,4; default {default}"
+    parser.add_argument(option, type=counts, default=[default], metavar="N", help=shown)
+
+
+def _whole_number(value: str, least: int) -> int:
+    if not value.isdecimal() or int(value) < least:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number from {least} up")
+    return int(value)
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Text, Any, Any, dict[str, Any]]:
@@ -260,7 +294,7 @@ def _save(
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": _dtype_of(model),
             **facts,
-            "result": result.to_dict(),
+            **({} if result is None else {"result": result.to_dict()}),
         }
         device = _device_of(model)
         write_json(arguments.json, kind, payload, device=device, arguments=arguments.given)

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, GPT2Config
 
 import hf_fuse
 from hf_fuse import cli, jit
+from hf_fuse.eval import shapes
 
 FAST = ["--device", "cpu"]
 
@@ -102,6 +103,26 @@ def test_tpot_says_whether_tokens_are_identical_before_any_speed(tmp_path, capsy
     assert f"{result['speedup']:.2f}×" in printed
 
 
+def test_tpot_sweeps_batches_and_prompts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "small", (GPT2Config, {"n_embd": 32, "n_head": 2}))
+    saved, drawn = tmp_path / "tpot.json", tmp_path / "tpot.png"
+    rows = ["--prompt-length", "9,5", "--new-tokens", "3", "--batch-size", "1,2", "--repeats", "1"]
+
+    code = cli.main(
+        ["tpot", "shape:small", *rows, "--json", str(saved), "--png", str(drawn), *FAST]
+    )
+
+    printed = capsys.readouterr().out
+    results = json.loads(saved.read_text())["results"]
+    assert code == 0
+    assert drawn.stat().st_size > 1000
+    found = [(r["prompt_length"], r["batch_size"]) for r in results]
+    assert found == [(9, 1), (9, 2), (5, 1), (5, 2)]
+    for result in results:
+        tpot = (result[name]["tpot_ms"]["p50"] for name in ("unpatched", "patched"))
+        assert all(f"{ms:.3f}" in printed for ms in tpot)
+
+
 def test_supported_lists_the_architectures(capsys):
     assert cli.main(["supported"]) == 0
     assert capsys.readouterr().out.split() == sorted(hf_fuse.supported())
@@ -149,6 +170,9 @@ def test_demo_fails_where_answers_differ(monkeypatch):
         (["ppl", "tiny-llama", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["tpot", "tiny-llama", "--prompt-length", "200"], "328, over the model's 256 positions"),
         (["tpot", "tiny-llama", "--new-tokens", "1"], "from 2 up"),
+        (["tpot", "tiny-llama", "--batch-size", "1,none"], "'none' is not a whole number"),
+        (["tpot", "shape:bloom"], "no shape bloom; there are llama-3.2-1b, llama-3.1-8b"),
+        (["ppl", "shape:gpt2"], "shape:gpt2 has random weights and no tokenizer"),
         (["demo", "--device", "cuda:99"], "cuda:99"),
         (["paint"], "invalid choice: 'paint'"),
         ([], "COMMAND"),

@@ -13,7 +13,13 @@ import torch
 from helpers import LAYOUTS, LOW, assert_equal, assert_within, each_dtype, name_of
 from torch import Tensor
 
-from hf_fuse.ops import decode_attention, decode_embed, decode_linear, decode_select
+from hf_fuse.ops import (
+    decode_attention,
+    decode_embed,
+    decode_linear,
+    decode_linear_two,
+    decode_select,
+)
 from hf_fuse.ops.activations import ACTIVATIONS
 from hf_fuse.ops.decode_attention import reference as attention_reference
 from hf_fuse.ops.decode_embed import reference as embed_reference
@@ -328,6 +334,44 @@ def test_linear_of_an_activation_that_is_not_known(device: str) -> None:
     call = replace(linear_for_errors(device), epilogue="act", act="mish")
     with pytest.raises(ValueError, match=r"decode_linear: act must be .*got 'mish'"):
         call(backend=device)
+
+
+@each_dtype
+@pytest.mark.parametrize("norm", NORMS[1:])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [(9, (2, 3)), (768, (2304, 3072)), (2560, (900, 1200)), (4096, (290, 7))],
+    ids=name_of,
+)
+def test_two_projections_of_one_row(
+    size: int, rows: tuple[int, int], batch: int, norm: str, dtype: torch.dtype, device: str
+) -> None:
+    first, second = (
+        make_linear(size, [r], dtype, device, batch=batch, norm=norm, biases=[b], **options)
+        for r, b, options in zip(
+            rows, (True, False), ({}, {"epilogue": "act", "act": "gelu_tanh"}), strict=True
+        )
+    )
+    calls = first, replace(second, x=first.x)
+    for backend in (device, "reference"):
+        outs = tuple(call.out() for call in calls)
+        decode_linear_two(
+            outs, first.x, tuple(c.weights[0] for c in calls), tuple(c.biases[0] for c in calls),
+            tuple(c.norm for c in calls), act=second.act, backend=backend,
+        )  # fmt: skip
+        for out, call in zip(outs, calls, strict=True):
+            assert torch.equal(out, call(backend=backend))
+
+
+def test_two_projections_whose_norms_differ_in_kind(device: str) -> None:
+    call = make_linear(8, [5], torch.float32, device, norm="rms")
+    layer = make_linear(8, [5], torch.float32, device, norm="layer").norm
+    with pytest.raises(ValueError, match=r"decode_linear_two: the norms must share eps and kind"):
+        decode_linear_two(
+            (call.out(), call.out()), call.x, (call.weights[0],) * 2, (None, None),
+            (call.norm, layer), act="silu",
+        )  # fmt: skip
 
 
 # decode_attention
@@ -874,6 +918,11 @@ def test_opcheck(dtype: torch.dtype, device: str) -> None:
             3,
         ),
     )
+    check(
+        ops.decode_linear_two.default,
+        (linear.x.new_empty(1, 5), weights[0].new_empty(1, 5), linear.x, norm[0], None, norm[0],
+         None, norm[2], True, weights[0], None, weights[1], None, 3),
+    )  # fmt: skip
     call = make_attention(dtype, device, length=5)
     caches = [t.nan_to_num() for t in (call.key_cache, call.value_cache)]
     out = caches[0].new_zeros(1, call.heads, 64)

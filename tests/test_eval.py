@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_fuse
 from hf_fuse.eval import decode, demo, environment, loading, perplexity, report, text, train_tiny
@@ -237,6 +237,20 @@ def test_decode_reports_where_tokens_part(random_model, ids, monkeypatch):
     assert not result.identical
     assert result.first_mismatch == (1, 4)
     assert "no: row 1 from new token 4" in report.decode_table(result)
+
+
+def test_the_bytes_of_a_step() -> None:
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=131, hidden_size=72, intermediate_size=100, tie_word_embeddings=False, **shape
+    )
+    model = LlamaForCausalLM(config)
+    layer = 2 * 72 * 72 + 2 * 72 * 24 + 3 * 72 * 100 + 2 * 72  # q, o; k, v; MLP; norms
+    weights = 3 * layer + 131 * 72 + 72  # the head and its norm; of the table only a row is read
+    cache = 2 * (9 + 4) * 2 * 3 * 2 * 12  # sequences, mean length, k and v, layers, heads, head_dim
+    assert decode.step_bytes(model, (2, 9), 8) == 4 * (weights + cache)
+    tied = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "tie_word_embeddings": True}))
+    assert decode.step_bytes(tied, (2, 9), 8) == 4 * (weights + cache)
 
 
 def test_first_mismatch_is_the_earliest_position():

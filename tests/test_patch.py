@@ -179,7 +179,9 @@ def test_every_decoding_step_is_fused(case: Case, device: str) -> None:
     assert calls[f"hf_fuse::{MIDDLE[case.model_type]}"] == layers
     # the rest by the engine, which a GPU runs once, captures once and replays
     steps = new - 1 if device == "cpu" else 2
-    assert calls["hf_fuse::decode_linear"] == steps * (4 * layers + 1)
+    two = layers if parallel else 0  # QKV and the MLP's first projection in one kernel
+    assert calls["hf_fuse::decode_linear_two"] == steps * two
+    assert calls["hf_fuse::decode_linear"] == steps * (4 * layers - 2 * two + 1)
     assert calls["hf_fuse::decode_attention"] == steps * layers
     assert calls["hf_fuse::decode_select"] == steps + 1
 

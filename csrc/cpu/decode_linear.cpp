@@ -190,4 +190,8 @@ void decode_linear(const DecodeLinear& p, void*) {
   dispatch_decode("decode_linear", p.dtype, [&](auto type) { run<decltype(type)>(p); });
 }
 
+void decode_linear_two(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
+  decode_linear(a, stream), decode_linear(b, stream);
+}
+
 }  // namespace hf_fuse

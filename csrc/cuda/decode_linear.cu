@@ -47,6 +47,7 @@ enum class NormKind { kNone, kRms, kLayer };
 // What the host works out for a kernel.
 struct Shape {
   int chunks, units;        // 16 bytes of a row; outputs of a sequence
+  int blocks;               // that share them
   int block_units, longer;  // outputs of a block; the first `longer` blocks have one more
   int max_rows;             // of a block
   float inv_size, eps;
@@ -162,21 +163,39 @@ __device__ float pilot_of(const void* rows, int64_t row, int64_t size) {
   return warp_sum(sum) / static_cast<float>(min(int64_t{4 * kWarpSize}, size));
 }
 
-// The rows a block takes: unit j of it is unit blockIdx.x + j * gridDim.x of all.
+// What a kernel does: one projection, or two that do not depend on each other, a share of the
+// blocks each.
+template <typename T, int kJobs>
+struct Jobs {
+  DecodeLinear p[kJobs];
+  RowTable<T> all[kJobs];
+  Shape shape[kJobs];
+
+  __device__ int job() const {
+    return kJobs > 1 && static_cast<int>(blockIdx.x) >= shape[0].blocks;
+  }
+};
+
+// The rows a block takes: unit j of it is unit index + j * shape.blocks of all.
 template <typename T, Layout kLayout, int kLoads>
 struct BlockRows {
   static constexpr int kSize = Vec16<T>::kSize;
   static constexpr bool kTable = kLayout == Layout::kAny;
   const RowTable<T>& all;
   const T** const table;  // kAny: [row], in shared memory
-  int chunks, pair, rows, step;
+  int index, blocks, chunks, pair, rows, step;
   const T* first[2][kLoads];  // else: of each half, the thread's chunks of the first row
 
-  __device__ BlockRows(const RowTable<T>& all, const Shape& shape, const T** table)
-      : all(all), table(table), chunks(shape.chunks), pair(all.template is_pair<kLayout>()) {
-    rows = (shape.block_units + (static_cast<int>(blockIdx.x) < shape.longer)) << pair;
+  __device__ BlockRows(const RowTable<T>& all, const Shape& shape, int index, const T** table)
+      : all(all),
+        table(table),
+        index(index),
+        blocks(shape.blocks),
+        chunks(shape.chunks),
+        pair(all.template is_pair<kLayout>()) {
+    rows = (shape.block_units + (index < shape.longer)) << pair;
     if constexpr (kTable) return;
-    step = static_cast<int>(gridDim.x) * all.stride[0];
+    step = blocks * all.stride[0];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const T* row =
@@ -186,7 +205,7 @@ struct BlockRows {
     }
   }
 
-  __device__ int unit(int j) const { return blockIdx.x + j * gridDim.x; }
+  __device__ int unit(int j) const { return index + j * blocks; }
 
   // Of the thread's chunk i, in elements. One past the row is another of the row's: x is zero
   // there.
@@ -234,19 +253,22 @@ struct BlockRows {
   }
 };
 
-template <typename T, NormKind kNorm, Layout kLayout, int kLoads, int kBatch>
+template <typename T, NormKind kNorm, Layout kLayout, int kLoads, int kBatch, int kJobs>
 __global__ void __maxnreg__(registers_of(kNorm != NormKind::kNone, kLoads, kBatch))
-    decode_linear_kernel(const __grid_constant__ DecodeLinear p,
-                         const __grid_constant__ RowTable<T> all,
-                         const __grid_constant__ Shape shape) {
+    decode_linear_kernel(const __grid_constant__ Jobs<T, kJobs> jobs) {
   using V = Vec16<T>;
   constexpr int kRows = kInFlight / kLoads;
   using Block = BlockRows<T, kLayout, kLoads>;
+  const int job = jobs.job();
+  const DecodeLinear& p = jobs.p[job];
+  const RowTable<T>& all = jobs.all[job];
+  const Shape& shape = jobs.shape[job];
   extern __shared__ uint64_t dynamic[];  // the table, then [row][sequence][warp]
   float* const sums = reinterpret_cast<float*>(dynamic + Block::kTable * shape.max_rows);
   __shared__ float squares[kBatch][kMaxParts], moments[2 * kBatch][kMaxWarps];
   pdl_trigger();
-  const Block block(all, shape, reinterpret_cast<const T**>(dynamic));
+  const Block block(all, shape, blockIdx.x - job * jobs.shape[0].blocks,
+                    reinterpret_cast<const T**>(dynamic));
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int num_warps = blockDim.x / kWarpSize;
   V rows[kRows][kLoads], weight[kLoads], bias[kLoads];
@@ -358,27 +380,59 @@ __global__ void __maxnreg__(registers_of(kNorm != NormKind::kNone, kLoads, kBatc
   }
 }
 
+Shape shape_of(const DecodeLinear& p, int64_t chunks, int64_t units, int64_t blocks) {
+  const int64_t pair = p.epilogue == Epilogue::kGated;
+  return {static_cast<int>(chunks),         static_cast<int>(units),
+          static_cast<int>(blocks),         static_cast<int>(units / blocks),
+          static_cast<int>(units % blocks), static_cast<int>(ceil_div(units, blocks) << pair),
+          1.f / static_cast<float>(p.size), static_cast<float>(p.eps)};
+}
+
 // As many blocks as are resident at once: a block that waited for another's place would read alone.
+template <typename T, NormKind kNorm, int kLoads, int kBatch>
+struct Plan {
+  int64_t chunks, blocks, row_bytes, max_rows;  // shared memory a row needs, and rows there are for
+  int threads;
+
+  explicit Plan(int64_t size) : chunks(size / Vec16<T>::kSize) {
+    constexpr int kRegisters = registers_of(kNorm != NormKind::kNone, kLoads, kBatch);
+    const DeviceInfo& device = device_info(kOp);
+    threads = static_cast<int>(round_up(ceil_div(chunks, kLoads), 2 * kWarpSize));
+    blocks = kRegistersOfMultiprocessor / (threads * std::max(kRegisters, kUsualRegisters)) *
+             device.num_sms;
+    row_bytes = sizeof(T*) + kBatch * parts_of(threads / kWarpSize) * sizeof(float);
+    max_rows = device.max_shared_bytes / 2 / row_bytes;
+  }
+};
+
 template <typename T, NormKind kNorm, Layout kLayout, int kLoads, int kBatch>
 void launch_kernel(const DecodeLinear& p, int64_t units, void* stream) {
-  constexpr int kRegisters = registers_of(kNorm != NormKind::kNone, kLoads, kBatch);
-  const int64_t chunks = p.size / Vec16<T>::kSize;
-  const int threads = static_cast<int>(round_up(ceil_div(chunks, kLoads), 2 * kWarpSize));
-  const DeviceInfo& device = device_info(kOp);
+  const Plan<T, kNorm, kLoads, kBatch> plan(p.size);
   const int64_t pair = p.epilogue == Epilogue::kGated;
-  const int resident =
-      kRegistersOfMultiprocessor / (threads * std::max(kRegisters, kUsualRegisters));
-  int64_t blocks = std::min<int64_t>(units, resident * device.num_sms);
-  const int64_t a_row = sizeof(T*) + kBatch * parts_of(threads / kWarpSize) * sizeof(float);
-  const int64_t most = device.max_shared_bytes / 2 / a_row >> pair;  // units of a block
-  blocks = std::max(blocks, ceil_div(units, most));
-  const int64_t max_rows = ceil_div(units, blocks) << pair;
-  const Shape shape = {static_cast<int>(chunks),         static_cast<int>(units),
-                       static_cast<int>(units / blocks), static_cast<int>(units % blocks),
-                       static_cast<int>(max_rows),       1.f / static_cast<float>(p.size),
-                       static_cast<float>(p.eps)};
-  launch(kOp, decode_linear_kernel<T, kNorm, kLayout, kLoads, kBatch>, step_grid(blocks), threads,
-         static_cast<int>(max_rows * a_row), stream, p, RowTable<T>(p), shape);
+  const int64_t blocks =
+      std::max(std::min(units, plan.blocks), ceil_div(units, plan.max_rows >> pair));
+  const Jobs<T, 1> jobs = {{p}, {RowTable<T>(p)}, {shape_of(p, plan.chunks, units, blocks)}};
+  launch(kOp, decode_linear_kernel<T, kNorm, kLayout, kLoads, kBatch, 1>, step_grid(blocks),
+         plan.threads, static_cast<int>(jobs.shape[0].max_rows * plan.row_bytes), stream, jobs);
+}
+
+// Two projections in one kernel, each by its share of the blocks.
+template <typename T, NormKind kNorm, int kLoads>
+bool launch_two(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
+  const Plan<T, kNorm, kLoads, 1> plan(a.size);
+  const int64_t units[2] = {a.weights[0].rows, b.weights[0].rows};
+  const int64_t all = units[0] + units[1];
+  const int64_t first = (plan.blocks * units[0] + all / 2) / all, second = plan.blocks - first;
+  if (first < 1 || second < 1 || all < plan.blocks) return false;
+  const Jobs<T, 2> jobs = {
+      {a, b},
+      {RowTable<T>(a), RowTable<T>(b)},
+      {shape_of(a, plan.chunks, units[0], first), shape_of(b, plan.chunks, units[1], second)}};
+  const int64_t rows = std::max(jobs.shape[0].max_rows, jobs.shape[1].max_rows);
+  if (rows > plan.max_rows) return false;
+  launch(kOp, decode_linear_kernel<T, kNorm, Layout::kOne, kLoads, 1, 2>, step_grid(plan.blocks),
+         plan.threads, static_cast<int>(rows * plan.row_bytes), stream, jobs);
+  return true;
 }
 
 // With the layouts that models have, for one sequence; all others are found by the table.
@@ -440,16 +494,21 @@ DecodeLinear sequences(const DecodeLinear& p, int64_t units, int64_t first, int6
   return part;
 }
 
+template <typename T>
+bool readable_by_vectors(const DecodeLinear& p) {
+  const auto* w = p.weights;
+  return p.size > 0 && p.size % Vec16<T>::kSize == 0 &&
+         std::max({w[0].stride, w[1].stride, w[2].stride}) <= kMaxStride &&
+         rows_aligned({{p.x}, {p.norm_weight}, {p.norm_bias}}, 1, sizeof(T)) &&
+         rows_aligned({{w[0].weight, w[0].stride}}, w[0].rows, sizeof(T)) &&
+         rows_aligned({{w[1].weight, w[1].stride}}, w[1].rows, sizeof(T)) &&
+         rows_aligned({{w[2].weight, w[2].stride}}, w[2].rows, sizeof(T));
+}
+
 // Four, two or one sequence at a time.
 template <typename T>
 void launch_all(const DecodeLinear& p, int64_t units, void* stream) {
-  const auto* w = p.weights;
-  const bool vectors = p.size > 0 && p.size % Vec16<T>::kSize == 0 &&
-                       std::max({w[0].stride, w[1].stride, w[2].stride}) <= kMaxStride &&
-                       rows_aligned({{p.x}, {p.norm_weight}, {p.norm_bias}}, 1, sizeof(T)) &&
-                       rows_aligned({{w[0].weight, w[0].stride}}, w[0].rows, sizeof(T)) &&
-                       rows_aligned({{w[1].weight, w[1].stride}}, w[1].rows, sizeof(T)) &&
-                       rows_aligned({{w[2].weight, w[2].stride}}, w[2].rows, sizeof(T));
+  const bool vectors = readable_by_vectors<T>(p);
   const auto try_vectors = [&](const DecodeLinear& part) {
     if (!vectors) return false;
     if (!p.norm_weight) return launch_batch<T, NormKind::kNone>(part, units, stream);
@@ -465,6 +524,21 @@ void launch_all(const DecodeLinear& p, int64_t units, void* stream) {
   }
 }
 
+template <typename T, NormKind kNorm>
+bool launch_both(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
+  const int64_t chunks = a.size / Vec16<T>::kSize;
+  if (chunks <= kThreads) return launch_two<T, kNorm, 1>(a, b, stream);
+  if (chunks <= 2 * kThreads) return launch_two<T, kNorm, 2>(a, b, stream);
+  return false;
+}
+
+template <typename T>
+bool try_both(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
+  if (a.batch != 1 || !readable_by_vectors<T>(a) || !readable_by_vectors<T>(b)) return false;
+  return a.rms ? launch_both<T, NormKind::kRms>(a, b, stream)
+               : launch_both<T, NormKind::kLayer>(a, b, stream);
+}
+
 }  // namespace
 
 void decode_linear(const DecodeLinear& p, void* stream) {
@@ -475,6 +549,13 @@ void decode_linear(const DecodeLinear& p, void* stream) {
   }
   dispatch_dtype(kOp, p.dtype,
                  [&](auto tag) { launch_all<typename decltype(tag)::type>(p, units, stream); });
+}
+
+void decode_linear_two(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
+  bool done = false;
+  dispatch_dtype(kOp, a.dtype,
+                 [&](auto tag) { done = try_both<typename decltype(tag)::type>(a, b, stream); });
+  if (!done) decode_linear(a, stream), decode_linear(b, stream);
 }
 
 }  // namespace hf_fuse

@@ -39,6 +39,9 @@ struct DecodeLinear {
   void* out;  // [batch, all rows; kGated: the first's]
 };
 void decode_linear(const DecodeLinear& p, void* stream);
+// Both, of the same x, dtype, eps and kind of norm, one weight each; neither reads what the other
+// writes.
+void decode_linear_two(const DecodeLinear& a, const DecodeLinear& b, void* stream);
 
 // One query for each sequence b over its cache, the new key and value included, which are rotated
 // (the key), rounded to the dtype and written to slot `length`. Slots start[b] to `length` are

@@ -132,10 +132,18 @@ class DecodeEngine:
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
         spec, residual, backend = self.spec, self._residual, self.backend
         middle = self._middles[_middle_rows(layer)]
-        ops.decode_linear(
-            self._qkv, residual, layer.qkv.weights, layer.qkv.biases,
-            norm=layer.attention_norm.arguments, backend=backend,
-        )  # fmt: skip
+        if layer.one_kernel:
+            ops.decode_linear_two(
+                (self._qkv, middle), residual, (*layer.qkv.weights, *layer.mlp_in.weights),
+                (*layer.qkv.biases, *layer.mlp_in.biases),
+                (layer.attention_norm.arguments, layer.mlp_norm.arguments),
+                act=layer.act, backend=backend,
+            )  # fmt: skip
+        else:
+            ops.decode_linear(
+                self._qkv, residual, layer.qkv.weights, layer.qkv.biases,
+                norm=layer.attention_norm.arguments, backend=backend,
+            )  # fmt: skip
         ops.decode_attention(
             self._attended, self._qkv, keys, values, self.length, self.start,
             scaling=layer.scaling, inv_freq=spec.inv_freq, rope_scale=spec.rope_scale,
@@ -149,7 +157,7 @@ class DecodeEngine:
                 act=layer.act, backend=backend,
             )  # fmt: skip
 
-        if layer.parallel:  # before attention is added to what it reads
+        if layer.parallel and not layer.one_kernel:  # before attention is added to what it reads
             mlp_in()
         ops.decode_linear(
             residual, self._attended.view(self.batch, -1), layer.attention_out.weights,

@@ -67,6 +67,13 @@ class LayerSpec:
     mlp_out: Projection
     parallel: bool = False
 
+    @property
+    def one_kernel(self) -> bool:
+        """Whether one kernel can read the layer's input for both attention and MLP."""
+        alike = self.attention_norm.arguments[2:] == self.mlp_norm.arguments[2:]
+        single = len(self.qkv.weights) == len(self.mlp_in.weights) == 1
+        return self.parallel and alike and single and not self.gated
+
 
 @dataclass(frozen=True)
 class DecoderSpec:

@@ -6,7 +6,7 @@ from hf_fuse.ops.add_norm import add_norm
 from hf_fuse.ops.bias_act import bias_act
 from hf_fuse.ops.decode_attention import decode_attention
 from hf_fuse.ops.decode_embed import decode_embed
-from hf_fuse.ops.decode_linear import decode_linear
+from hf_fuse.ops.decode_linear import decode_linear, decode_linear_two
 from hf_fuse.ops.decode_select import decode_select
 from hf_fuse.ops.gated_act import gated_act
 from hf_fuse.ops.rotary import rotary, rotary_, rotary_cache_
@@ -21,6 +21,7 @@ __all__ = [
     "decode_attention",
     "decode_embed",
     "decode_linear",
+    "decode_linear_two",
     "decode_select",
     "gated_act",
     "rotary",

@@ -1,4 +1,4 @@
-"""decode_linear: a projection of one token a sequence, with the norm before and what follows.
+"""decode_linear: projections of one token a sequence, with the norm before and what follows.
 
     n = norm(x), or x
     y = n @ concatenation(weights).T + concatenation(biases)
@@ -67,6 +67,38 @@ def decode_linear(
     )
 
 
+def decode_linear_two(
+    outs: tuple[Tensor, Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: tuple[tuple[Tensor, Tensor | None, float, str], ...],
+    *,
+    act: str,
+    backend: str = "auto",
+) -> None:
+    """Two projections of the same `x`, each under a norm of its own, as one kernel where that can
+    be: "store" into outs[0] and "act" into outs[1]. The norms share eps and kind.
+    """
+    (norm1, bias1, eps, kind), (norm2, bias2, *same) = norms
+    if same != [eps, kind]:
+        raise ValueError(
+            f"hf_fuse decode_linear_two: the norms must share eps and kind, got {(eps, kind)} and "
+            f"{tuple(same)}"
+        )
+    if not use_kernel(weights[0], backend):
+        epilogues = ("store", "act")
+        for out, weight, bias, norm, epilogue in zip(
+            outs, weights, biases, norms, epilogues, strict=True
+        ):
+            reference(out, x, [weight], [bias], norm=norm, epilogue=epilogue, act=act)
+        return
+    torch.ops.hf_fuse.decode_linear_two.default(
+        *outs, x, norm1, bias1, norm2, bias2, eps, kind == "rms", weights[0], biases[0],
+        weights[1], biases[1], index_of("decode_linear_two", act),
+    )  # fmt: skip
+
+
 def reference(
     out: Tensor,
     x: Tensor,
@@ -101,3 +133,4 @@ def reference(
 @on_load
 def _register() -> None:
     torch.library.register_fake("hf_fuse::decode_linear", lambda *arguments: None)
+    torch.library.register_fake("hf_fuse::decode_linear_two", lambda *arguments: None)

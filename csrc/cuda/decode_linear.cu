@@ -199,7 +199,7 @@ struct BlockRows {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const T* row =
-          all.weight[kLayout == Layout::kPair ? half : 0] + int64_t{blockIdx.x} * all.stride[0];
+          all.weight[kLayout == Layout::kPair ? half : 0] + int64_t{index} * all.stride[0];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) first[half][i] = row + offset(i);
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import count_ops
 from models import (
     LLAMA,
     PLAIN,
@@ -62,6 +63,16 @@ def test_greedy_tokens_are_the_unpatched_models(case: Case, batch: int, device: 
     model = heads_of_16(case).build(device=device)
     ids = tokens_for(model, batch, 19)
     compare(model, 128, **(padded(ids, "left") if batch > 1 else {"input_ids": ids}))
+
+
+@cases(PLAIN)
+def test_more_sequences_than_the_kernels_are_for(case: Case, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    inputs = padded(tokens_for(model, 12, 40), "left")
+    with count_ops() as calls:
+        compare(model, 24, **inputs)
+    assert (calls["hf_fuse::decode_linear"] == 0) == (device == "cuda")
+    assert calls["hf_fuse::decode_attention"]
 
 
 @cases(PLAIN)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse import ops
+from hf_fuse.decode.projection import by_matmul, project
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec
 from hf_fuse.ops.decode_select import workspace
 
@@ -122,17 +123,15 @@ class DecodeEngine:
         )  # fmt: skip
         for index, layer in enumerate(spec.layers):
             self._layer(layer, self.keys[index], self.values[index])
-        ops.decode_linear(
-            self.logits, self._residual, spec.head.weights, spec.head.biases,
-            norm=spec.final_norm.arguments, backend=backend,
-        )  # fmt: skip
+        project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=backend)
         if select:
             self.select()
 
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
         spec, residual, backend = self.spec, self._residual, self.backend
         middle = self._middles[_middle_rows(layer)]
-        if layer.one_kernel:
+        two = layer.one_kernel and not by_matmul(residual, backend)
+        if two:
             ops.decode_linear_two(
                 (self._qkv, middle), residual, (*layer.qkv.weights, *layer.mlp_in.weights),
                 (*layer.qkv.biases, *layer.mlp_in.biases),
@@ -140,10 +139,7 @@ class DecodeEngine:
                 act=layer.act, backend=backend,
             )  # fmt: skip
         else:
-            ops.decode_linear(
-                self._qkv, residual, layer.qkv.weights, layer.qkv.biases,
-                norm=layer.attention_norm.arguments, backend=backend,
-            )  # fmt: skip
+            project(self._qkv, residual, layer.qkv, norm=layer.attention_norm, backend=backend)
         ops.decode_attention(
             self._attended, self._qkv, keys, values, self.length, self.start,
             scaling=layer.scaling, inv_freq=spec.inv_freq, rope_scale=spec.rope_scale,
@@ -151,24 +147,18 @@ class DecodeEngine:
         )  # fmt: skip
 
         def mlp_in() -> None:
-            ops.decode_linear(
-                middle, residual, layer.mlp_in.weights, layer.mlp_in.biases,
-                norm=layer.mlp_norm.arguments, epilogue="gated" if layer.gated else "act",
-                act=layer.act, backend=backend,
+            project(
+                middle, residual, layer.mlp_in, norm=layer.mlp_norm,
+                epilogue="gated" if layer.gated else "act", act=layer.act, backend=backend,
             )  # fmt: skip
 
-        if layer.parallel and not layer.one_kernel:  # before attention is added to what it reads
+        if layer.parallel and not two:  # before attention is added to what it reads
             mlp_in()
-        ops.decode_linear(
-            residual, self._attended.view(self.batch, -1), layer.attention_out.weights,
-            layer.attention_out.biases, epilogue="add", backend=backend,
-        )  # fmt: skip
+        attended = self._attended.view(self.batch, -1)
+        project(residual, attended, layer.attention_out, epilogue="add", backend=backend)
         if not layer.parallel:
             mlp_in()
-        ops.decode_linear(
-            residual, middle, layer.mlp_out.weights, layer.mlp_out.biases, epilogue="add",
-            backend=backend,
-        )  # fmt: skip
+        project(residual, middle, layer.mlp_out, epilogue="add", backend=backend)
 
     def _capture(self, select: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph. Its first run, uncaptured, builds what is built once; then the state

@@ -1,0 +1,81 @@
+"""A step's projections: by the decode_linear kernels, or for many sequences by matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_fuse import ops
+from hf_fuse.decode.spec import Norm, Projection
+from hf_fuse.ops.activations import ACTIVATIONS, REFERENCES
+from hf_fuse.ops.add_norm import reference as add_norm_reference
+
+# The kernels read the weights once for every 4 sequences. On a GPU, for more sequences than this,
+# tensor cores (cuBLAS) come out ahead of reading them again and again.
+MAX_SEQUENCES = 8
+
+
+def project(
+    out: Tensor,
+    x: Tensor,
+    projection: Projection,
+    *,
+    norm: Norm | None = None,
+    epilogue: str = "store",
+    act: str = ACTIVATIONS[0],
+    backend: str = "auto",
+) -> None:
+    """`ops.decode_linear`, computed in whichever way is faster."""
+    if by_matmul(x, backend):
+        matmul(out, x, projection, norm=norm, epilogue=epilogue, act=act)
+        return
+    ops.decode_linear(
+        out, x, projection.weights, projection.biases, norm=norm.arguments if norm else None,
+        epilogue=epilogue, act=act, backend=backend,
+    )  # fmt: skip
+
+
+def by_matmul(x: Tensor, backend: str) -> bool:
+    """Whether `x`, [batch, size], has sequences enough."""
+    return x.is_cuda and backend != "reference" and len(x) > MAX_SEQUENCES
+
+
+def matmul(
+    out: Tensor,
+    x: Tensor,
+    projection: Projection,
+    *,
+    norm: Norm | None = None,
+    epilogue: str = "store",
+    act: str = ACTIVATIONS[0],
+) -> None:
+    """As `ops.decode_linear`, but that the normed row is rounded to the weights' dtype, as it is in
+    transformers' layers. Products are summed in fp32 and not rounded.
+    """
+    dtype = projection.weights[0].dtype
+    if norm is not None:
+        bias = None if norm.bias is None else norm.bias.float()
+        x = add_norm_reference(x, norm.weight.float(), bias, eps=norm.eps, kind=norm.kind)[1]
+    pairs = zip(projection.weights, _biases(projection), strict=True)
+    ys = [_product(x.to(dtype), weight, bias) for weight, bias in pairs]
+    if epilogue == "gated":
+        out.copy_(REFERENCES[act](ys[0]) * ys[1])
+        return
+    y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+    if epilogue == "add":
+        out.add_(y)
+    else:
+        out.copy_(REFERENCES[act](y) if epilogue == "act" else y)
+
+
+def _biases(projection: Projection) -> tuple[Tensor | None, ...]:
+    return projection.biases or (None,) * len(projection.weights)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias in fp32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        y = torch.mm(x, weight.T, out_dtype=torch.float32)
+    else:
+        y = x.float() @ weight.float().T
+    return y if bias is None else y + bias

@@ -65,7 +65,42 @@ def kernels_section() -> str:
     )
 
 
-SECTIONS = {"demo": demo_section, "kernels": kernels_section}
+def decode_section() -> str:
+    """`generate` at real shapes, from decode-*.json."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("decode-*.json"))]
+    gpu = [r for r in results if r["device"].startswith("NVIDIA")]
+    cpu = [r for r in results if not r["device"].startswith("NVIDIA")]
+    rows = [
+        [
+            r["model"].removeprefix("shape:"),
+            *(f"{r['result'][side]['tpot_ms']['p50']:.3f}" for side in ("unpatched", "patched")),
+            f"{r['result']['speedup']:.1f}",
+            *(f"{r['result'][side]['ttft_ms']['p50']:.1f}" for side in ("unpatched", "patched")),
+        ]
+        for r in gpu
+    ]
+    cpu_rows = [
+        [r["model"].removeprefix("shape:"), r["dtype"], f"{r['result']['speedup']:.2f}"]
+        for r in cpu
+    ]
+    first = gpu[0]
+    return "\n\n".join(
+        [
+            f"`model.generate`, greedy, one sequence, prompt 128, 128 new tokens, end of sequence "
+            f"checked, {first['dtype']}, published shapes with random weights, measured on an "
+            f"{first['device']} (torch {first['versions']['torch']}, transformers "
+            f"{first['versions']['transformers']}, {first['date'][:10]}). Unpatched is "
+            f"transformers' eager mode.",
+            _markdown(
+                ["shape", "TPOT ms", "patched", "×", "TTFT ms", "patched"], rows
+            ),
+            "On two CPU cores, TPOT, ratios of one run each:",
+            _markdown(["shape", "dtype", "×"], cpu_rows),
+        ]
+    )  # fmt: skip
+
+
+SECTIONS = {"demo": demo_section, "decode": decode_section, "kernels": kernels_section}
 
 
 def rewritten(text: str) -> str:

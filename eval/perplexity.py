@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 import hf_fuse
 from hf_fuse import Report
-from hf_fuse.eval.environment import evaluating
+from hf_fuse.decode.engine import DecodeEngine
+from hf_fuse.decode.loop import Generates
+from hf_fuse.decode.spec import Unsuited
+from hf_fuse.eval.environment import UsageError, evaluating
 
 # Rows of logits turned into float64 at once hold about this many bytes, so that a vocabulary of
 # 128k stays small.
@@ -72,10 +75,12 @@ class PerplexityResult:
     kl_reference_patched: float | None
     report: Report
     note: str
+    through: str = "forward"  # or "decode": the patched model read the windows token by token
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, without the per-token arrays."""
         return {
+            "through": self.through,
             "num_tokens": self.num_tokens,
             "num_scored": self.num_scored,
             "context": self.context,
@@ -161,6 +166,7 @@ def evaluate_perplexity(
     stride: int,
     batch_size: int = 8,
     reference: bool = True,
+    through: str = "forward",
     progress: bool = True,
     **patch_options: Any,
 ) -> PerplexityResult:
@@ -177,13 +183,18 @@ def evaluate_perplexity(
             time.
         batch_size: windows a forward pass.
         reference: also run an unpatched fp32 copy, which needs 4 bytes a parameter more memory.
+        through: "forward", or "decode": the patched model reads each window token by token, by the
+            steps (on a GPU the graph) that `generate` takes.
         progress: show a progress bar.
         patch_options: passed to `hf_fuse.patched`, for example `backend="cpu"` or
             `ops={"add_norm"}`.
 
     Raises:
-        ValueError: for a model that is patched already, or windows that make no sense.
+        ValueError: for a model that is patched already, or windows that make no sense; with
+            "decode" also (a UsageError) for a model that the decode engine does not take.
     """
+    if through not in ("forward", "decode"):
+        raise ValueError(f'through must be "forward" or "decode", got {through!r}')
     if hf_fuse.is_patched(model):
         raise ValueError("evaluate_perplexity needs an unpatched model: call hf_fuse.unpatch first")
     ids = _flat(input_ids)
@@ -200,11 +211,11 @@ def evaluate_perplexity(
         for batch in _progress(batches(windows, batch_size), windows, batch_size, progress):
             unpatched = _logits(model, ids, batch)
             with hf_fuse.patched(model, **options):
-                patched = _logits(model, ids, batch)
+                patched = (_logits if through == "forward" else _decoded)(model, ids, batch)
                 totals.report = totals.report or hf_fuse.report(model)
             truth = None if reference_model is None else _logits(reference_model, ids, batch)
             totals.add(unpatched, patched, truth, _targets(ids, batch))
-    return totals.result(len(ids), context, stride, note)
+    return replace(totals.result(len(ids), context, stride, note), through=through)
 
 
 @dataclass
@@ -279,6 +290,29 @@ def _logits(model: nn.Module, ids: Tensor, batch: list[Window]) -> Tensor:
     # The row at position i predicts the token at i + 1.
     kept = [logits[i, w.first_scored - w.begin - 1 : -1] for i, w in enumerate(batch)]
     return torch.cat(kept)
+
+
+def _decoded(model: Any, ids: Tensor, batch: list[Window]) -> Tensor:
+    """The same rows from the decode engine, which reads one token a step; fp32."""
+    try:
+        if not isinstance(model, Generates):
+            raise Unsuited("the op decode was left out, or the model has no language head")
+        spec = model.decoder_spec()
+        spec.check()
+    except Unsuited as error:
+        raise UsageError(f"the decode engine does not take this model: {error}") from error
+    inputs = torch.stack([ids[w.begin : w.end] for w in batch]).to(spec.embedding.device)
+    engine = DecodeEngine(spec, len(batch), inputs.shape[1])
+    engine.begin(0, engine.start.new_zeros(len(batch)), (), 0)
+    first = [w.first_scored - w.begin - 1 for w in batch]
+    rows: list[list[Tensor]] = [[] for _ in batch]
+    for position in range(inputs.shape[1] - 1):
+        engine.put(inputs[:, position])
+        engine.advance(select=False)
+        for kept, start, row in zip(rows, first, engine.logits, strict=True):
+            if position >= start:
+                kept.append(row.clone())
+    return torch.stack([row for kept in rows for row in kept])
 
 
 def _targets(ids: Tensor, batch: list[Window]) -> Tensor:

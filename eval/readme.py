@@ -96,8 +96,24 @@ def decode_section() -> str:
             ),
             "On two CPU cores, TPOT, ratios of one run each:",
             _markdown(["shape", "dtype", "×"], cpu_rows),
+            "Perplexity in bf16, the patched model token by token through those steps (tiny models, "
+            "CPU; KL is the divergence from the fp32 model, in nats):",
+            _markdown(
+                ["model", "perplexity", "patched", "KL", "patched"],
+                [_through_decode(path) for path in sorted(RESULTS.glob("ppl-decode-*.json"))],
+            ),
         ]
     )  # fmt: skip
+
+
+def _through_decode(path: Path) -> list[str]:
+    run = json.loads(path.read_text())
+    result = run["result"]
+    return [
+        run["model"],
+        *(f"{result[f'perplexity_{side}']:.3f}" for side in ("unpatched", "patched")),
+        *(f"{result[f'kl_reference_{side}']:.1e}" for side in ("unpatched", "patched")),
+    ]
 
 
 SECTIONS = {"demo": demo_section, "decode": decode_section, "kernels": kernels_section}

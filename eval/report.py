@@ -53,7 +53,8 @@ def perplexity_table(result: PerplexityResult) -> str:
         f"NLL difference, paired   {difference.mean:+.2e} ± {difference.standard_error:.1e} nats",
         f"KL(unpatched ‖ patched)  {_small(result.kl_unpatched_patched)} nats",
         *fused_lines(result.report),
-        f"{result.num_scored} tokens scored, context {result.context}, stride {result.stride}",
+        f"{result.num_scored} tokens scored, context {result.context}, stride {result.stride}"
+        + (", patched: token by token through the decode engine" * (result.through == "decode")),
     ]
     return "\n".join([*lines, *([f"note: {result.note}"] if result.note else [])])
 

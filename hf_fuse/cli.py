@@ -61,6 +61,7 @@ def _ppl(arguments: argparse.Namespace) -> int:
         stride=stride,
         batch_size=arguments.batch_size,
         reference=not arguments.no_reference,
+        through=arguments.through,
         **options,
     )
     print(f"{arguments.model}, {_dtype_of(model)}, {text.name}\n\n{perplexity_table(result)}")
@@ -168,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     _count(ppl, "--stride", None, "tokens a window moves; default half the context")
     _count(ppl, "--batch-size", 4, "windows a forward pass")
     _count(ppl, "--max-tokens", None, "use only the first N tokens of the text")
+    ppl.add_argument(
+        "--through", choices=("forward", "decode"), default="forward",
+        help="how the patched model reads: at once, or token by token by the decode engine",
+    )  # fmt: skip
     ppl.add_argument("--no-reference", action="store_true", help="skip the fp32 reference")
 
     kernels = _command(commands, "kernels", _kernels, "each op against its ceiling and its peers")

@@ -172,6 +172,7 @@ def test_demo_fails_where_answers_differ(monkeypatch):
         (["tpot", "tiny-llama", "--new-tokens", "1"], "from 2 up"),
         (["tpot", "tiny-llama", "--batch-size", "1,none"], "'none' is not a whole number"),
         (["tpot", "shape:bloom"], "no shape bloom; there are llama-3.2-1b, llama-3.1-8b"),
+        (["ppl", "tiny-gpt2", "--ops", "add_norm", "--through", "decode"], "decode was left out"),
         (["ppl", "shape:gpt2"], "shape:gpt2 has random weights and no tokenizer"),
         (["demo", "--device", "cuda:99"], "cuda:99"),
         (["paint"], "invalid choice: 'paint'"),

@@ -36,9 +36,12 @@ from models import (
     tokens_for,
 )
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import AutoTokenizer, DynamicCache, StaticCache
 
 import hf_fuse
+from hf_fuse.eval.loading import MODELS, encode
+from hf_fuse.eval.perplexity import PerplexityResult, evaluate_perplexity
+from hf_fuse.eval.text import pydoc_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,24 +92,38 @@ def test_half_precision_is_as_close_to_float64_as_unpatched(
     assert error(actual) <= 1.1 * error(expected)
 
 
-@HALVES
-@cases(TRAINED)
-def test_perplexity_of_the_trained_models(case: Case, dtype: torch.dtype, device: str) -> None:
-    from transformers import AutoTokenizer
-
-    from hf_fuse.eval.loading import MODELS, encode
-    from hf_fuse.eval.perplexity import evaluate_perplexity
-    from hf_fuse.eval.text import pydoc_text
-
+def perplexity_of(case: Case, dtype: torch.dtype, device: str, **options: Any) -> PerplexityResult:
     model = case.build(dtype=dtype, device=device)
     tokenizer = AutoTokenizer.from_pretrained(MODELS / case.model_type)
     ids = encode(tokenizer, pydoc_text("held-out"), max_tokens=4097)
-    result = evaluate_perplexity(
-        model, ids, context=256, stride=256, reference=False, progress=False
-    )
+    return evaluate_perplexity(model, ids, context=256, stride=256, progress=False, **options)
+
+
+@HALVES
+@cases(TRAINED)
+def test_perplexity_of_the_trained_models(case: Case, dtype: torch.dtype, device: str) -> None:
+    result = perplexity_of(case, dtype, device, reference=False)
     assert result.report.patched
     assert result.unpatched.perplexity < 200  # of 2048 tokens: a model of this text, not noise
     assert abs(result.change_percent) <= 0.05
+
+
+@HALVES
+@cases(TRAINED)
+def test_perplexity_token_by_token(case: Case, dtype: torch.dtype, device: str) -> None:
+    """The decoding steps are as near the fp32 model as the unpatched forward is, and nearer."""
+    result = perplexity_of(case, dtype, device, through="decode")
+    assert abs(result.change_percent) <= 0.05
+    assert result.kl_reference_patched <= 1.05 * result.kl_reference_unpatched
+    truth = result.reference.nll
+    patched, unpatched = ((s.nll - truth).abs().mean() for s in (result.patched, result.unpatched))
+    assert patched <= 1.05 * unpatched
+
+
+@cases(TRAINED)
+def test_perplexity_token_by_token_in_float32(case: Case, device: str) -> None:
+    result = perplexity_of(case, torch.float32, device, through="decode")
+    assert abs(result.change_percent) <= 1e-4
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -96,8 +96,8 @@ def decode_section() -> str:
             ),
             "On two CPU cores, TPOT, ratios of one run each:",
             _markdown(["shape", "dtype", "×"], cpu_rows),
-            "Perplexity in bf16, the patched model token by token through those steps (tiny models, "
-            "CPU; KL is the divergence from the fp32 model, in nats):",
+            "Perplexity in bf16, the patched model token by token through those steps (tiny "
+            "models, CPU; KL is the divergence from the fp32 model, in nats):",
             _markdown(
                 ["model", "perplexity", "patched", "KL", "patched"],
                 [_through_decode(path) for path in sorted(RESULTS.glob("ppl-decode-*.json"))],

@@ -22,8 +22,8 @@ LOAD = re.compile(r"\bLDG\.E\.(\w+\.)*128")
 WEIGHTS = re.compile(r"\bLDG\.E\.(\w+\.)*128\.CONSTANT")  # after the wait
 PRODUCT = re.compile(r"\b(FFMA|FMUL)\b")
 ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/")
-# The 16-bit kernels of one sequence under a norm: dtype, norm, layout, loads, batch, jobs.
-NORMED = re.compile(r"(__nv_bfloat16|__half)L\w+NormKindE[12]EL\w+LayoutE[012]ELi[124]ELi1ELi")
+# The kernels of one sequence under a norm: dtype, norm, layout, loads, batch, jobs.
+NORMED = re.compile(r"__nv_bfloat16L\w+NormKindE[12]EL\w+LayoutE[012]ELi[124]ELi1ELi")
 
 
 def tool(name: str) -> str:
@@ -58,7 +58,7 @@ def kernels(source: str) -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize(
     ("source", "kernel", "expected"),
     [
-        ("decode_linear.cu", "decode_linear_kernel", 5),
+        ("decode_linear_bfloat16.cu", "decode_linear_kernel", 5),
         ("decode_attention.cu", "decode_attention_kernel", 2),
     ],
     ids=["decode_linear", "decode_attention"],
@@ -78,7 +78,7 @@ def test_first_loads_come_before_the_wait(source: str, kernel: str, expected: in
 
 def test_later_rows_are_loaded_between_the_products() -> None:
     seen = 0
-    for name, code in kernels("decode_linear.cu"):
+    for name, code in kernels("decode_linear_bfloat16.cu"):
         if not NORMED.search(name):
             continue
         seen += 1

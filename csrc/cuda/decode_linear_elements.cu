@@ -7,7 +7,7 @@
 namespace hf_fuse {
 namespace {
 
-constexpr const char* kOp = "decode_linear";
+constexpr const char* kOp = kDecodeLinear;
 
 // A warp a row, one element a load, the norm anew for every row.
 template <typename T>

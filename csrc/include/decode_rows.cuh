@@ -108,7 +108,16 @@ __device__ void write_output(const DecodeLinear& p, int64_t index, float y, floa
   store(static_cast<T*>(p.out) + index, Vec<T, 1>::from({y}));
 }
 
-// Of any size and alignment, one sequence: decode_linear_elements.cu.
+constexpr const char* kDecodeLinear = "decode_linear";  // the op's name in errors
+
+// decode_linear.cuh: of a dtype; `run_two` answers whether one kernel can do both.
+template <typename T>
+struct DecodeLinearOf {
+  static void run(const DecodeLinear& p, int64_t units, void* stream);
+  static bool run_two(const DecodeLinear& a, const DecodeLinear& b, void* stream);
+};
+
+// decode_linear_elements.cu: of any size and alignment, one sequence.
 void decode_linear_elements(const DecodeLinear& p, int64_t units, void* stream);
 
 }  // namespace hf_fuse

@@ -1,0 +1,3 @@
+#include "../include/decode_linear.cuh"
+
+template struct hf_fuse::DecodeLinearOf<__half>;

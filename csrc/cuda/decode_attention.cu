@@ -3,8 +3,9 @@
 //
 // Bytes: the keys and values from start to length, once for every 8 query heads that share them;
 // all else is small, and with one sequence latency is half of the time. So:
-// - A cluster of blocks takes a (sequence, key head). Its warps take tiles of slots in turn, two
-//   tiles in flight each; a few tiles are left to the cluster's first block.
+// - A cluster of blocks takes a (sequence, key head). Its warps take tiles of slots in turn, a few
+//   tiles in flight each. While there are few slots, its blocks are shared out among the query
+//   heads: to read a slot once for each costs less than to work on all heads one after another.
 // - The first tiles are on their way before the kernel waits for the projection of q, k and v.
 // - The softmax is kept relative to a running maximum by each group of lanes that reads a slot,
 //   then combined in a fixed order: in the warp, in the block, and over the cluster by stores to

@@ -4,9 +4,9 @@
 // - All warps of a block share each row: a thread reads the same 1 to 8 chunks of 16 bytes of every
 //   row, so that x, and its norm, stay in its registers, and under an RMSNorm no barrier stands
 //   between x and the first product.
-// - A block takes every gridDim-th row, so that the grid sweeps the weights together and no block
-//   has more than one row over another; it keeps kInFlight chunks a thread under way, 64 KB and
-//   more a multiprocessor. The first are loaded before the kernel waits for x.
+// - A block takes a row of each round of all blocks, so that they sweep the weights together and
+//   none has more than one row over another; it keeps kInFlight chunks a thread under way, 64 KB
+//   and more a multiprocessor. The first are loaded before the kernel waits for x.
 // - The warps' sums of a row meet in shared memory once, at the end, where a few lanes an output
 //   add them, in a fixed order, and finish: 1 / rms, bias, activation, residual.
 // - Nothing is loaded before a kernel's first instructions nor after its last products, and a step

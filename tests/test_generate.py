@@ -23,12 +23,19 @@ from models import (
     tokens_for,
 )
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    TextIteratorStreamer,
+    pipeline,
+)
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hf_fuse
 from hf_fuse.decode.loop import engine_of
+from hf_fuse.eval.loading import load_model
 from hf_fuse.modules import state_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
@@ -446,3 +453,78 @@ def test_a_static_cache_too_short_goes_to_transformers() -> None:
     with pytest.raises((IndexError, RuntimeError)):  # transformers' own
         model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=9, **GREEDY)
     assert "the static cache is too short" in left_to_transformers(model)
+
+
+@pytest.fixture
+def trained(device: str) -> tuple[Any, Any]:
+    """A tiny trained model with its tokenizer."""
+    return load_model("tiny-llama", dtype="float32", device=device, progress=False)
+
+
+def test_the_text_generation_pipeline(trained: tuple[Any, Any]) -> None:
+    model, tokenizer = trained
+    texts = []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model, verify=False)
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        prompts = ["The class statement", "A function"]
+        texts.append(generator(prompts, max_new_tokens=20, do_sample=False))
+    assert texts[0] == texts[1]
+    assert steps_taken(model) == 20
+    assert left_to_transformers(model) == []
+
+
+def test_a_text_iterator_in_another_thread(trained: tuple[Any, Any]) -> None:
+    model, tokenizer = trained
+    arguments = {
+        **tokenizer("The class statement", return_tensors="pt").to(model.device),
+        "max_new_tokens": 20,
+        "do_sample": False,
+    }
+    texts = []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model, verify=False)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        thread = threading.Thread(target=model.generate, kwargs={**arguments, "streamer": streamer})
+        thread.start()
+        texts.append("".join(streamer))
+        thread.join()
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 20
+    assert left_to_transformers(model) == []
+
+
+def test_an_empty_prompt_is_what_it_was(trained: tuple[Any, Any], device: str) -> None:
+    model, _ = trained
+    empty = torch.zeros(1, 0, dtype=torch.int64, device=device)
+    found = []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model, verify=False)
+        found.append(model.generate(max_new_tokens=5, **GREEDY).tolist())  # from the first token on
+        with pytest.raises(RuntimeError, match="0 elements"):  # transformers' own
+            model.generate(empty, max_new_tokens=5, **GREEDY)
+    assert found[0] == found[1]
+    found.append(model.generate(max_new_tokens=5, **GREEDY).tolist())  # the model is usable
+    assert found[1] == found[2]
+
+
+def test_without_memory_for_the_engine_transformers_generates(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    arguments = {"input_ids": tokens_for(model, 1, 6), "max_new_tokens": 9, **GREEDY}
+    expected = model.generate(**arguments).tolist()
+    hf_fuse.patch(model, verify=False)
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_fuse.decode.loop.DecodeEngine", full)
+        assert model.generate(**arguments).tolist() == expected
+    assert left_to_transformers(model) == ["no memory for the engine's caches"]
+    assert model.generate(**arguments).tolist() == expected  # and then on the engine
+    assert len(left_to_transformers(model)) == 1

@@ -20,6 +20,7 @@ from transformers.generation import BaseStreamer
 import hf_fuse
 from hf_fuse import Report
 from hf_fuse.eval.environment import evaluating, peak_memory_bytes, reset_peak_memory, synchronize
+from hf_fuse.ops._library import kernels
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,17 @@ def step_bytes(model: Any, prompt: Sequence[int], new_tokens: int) -> int:
     return weights + prompt[0] * (prompt[1] + new_tokens // 2) * slot
 
 
-def read_bandwidth(device: torch.device) -> float:
+def read_bandwidth(device: torch.device) -> float | None:
     """Bytes a second at which a GPU reads: one row times 1 GiB of weights, far more than the L2
-    cache holds, 16 times on end; the best of 5 such rounds.
+    cache holds, 16 times on end; the best of 5 such rounds. None without the kernels or the memory.
     """
+    if device.type != "cuda" or not kernels("cuda"):
+        return None
     size, rows, products = 4096, 131072, 16
-    weight = torch.randn(rows, size, device=device, dtype=torch.bfloat16)
+    try:
+        weight = torch.randn(rows, size, device=device, dtype=torch.bfloat16)
+    except torch.OutOfMemoryError:
+        return None
     x = torch.randn(1, size, device=device, dtype=torch.bfloat16)
     out = torch.empty(1, rows, device=device)
     times = []

@@ -84,7 +84,7 @@ def _tpot(arguments: argparse.Namespace) -> int:
         )
     device = _device_of(model)
     results = []
-    bandwidth = read_bandwidth(device) if device.type == "cuda" else None
+    bandwidth = read_bandwidth(device)
     for length in arguments.prompt_length:
         for batch_size in arguments.batch_size:
             result = evaluate_decode(

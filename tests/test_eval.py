@@ -239,6 +239,12 @@ def test_decode_reports_where_tokens_part(random_model, ids, monkeypatch):
     assert "no: row 1 from new token 4" in report.decode_table(result)
 
 
+def test_a_cpu_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode.read_bandwidth(torch.device("cpu")) is None
+    monkeypatch.setattr(decode, "kernels", lambda _: False)  # a GPU without a compiler
+    assert decode.read_bandwidth(torch.device("cuda")) is None
+
+
 def test_the_bytes_of_a_step() -> None:
     shape = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
     config = LlamaConfig(

@@ -10,8 +10,8 @@ from hf_fuse.decode.spec import Norm, Projection
 from hf_fuse.ops.activations import ACTIVATIONS, REFERENCES
 from hf_fuse.ops.add_norm import reference as add_norm_reference
 
-# The kernels read the weights once for every 4 sequences. On a GPU, for more sequences than this,
-# tensor cores (cuBLAS) come out ahead of reading them again and again.
+# The kernels read the weights once for every 4 sequences; above this many, on a GPU, matrix
+# products on tensor cores (cuBLAS) read them once for all.
 MAX_SEQUENCES = 8
 
 
@@ -25,7 +25,7 @@ def project(
     act: str = ACTIVATIONS[0],
     backend: str = "auto",
 ) -> None:
-    """`ops.decode_linear`, computed in whichever way is faster."""
+    """`ops.decode_linear`, by its kernels or by matrix products."""
     if by_matmul(x, backend):
         matmul(out, x, projection, norm=norm, epilogue=epilogue, act=act)
         return

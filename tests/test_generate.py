@@ -83,6 +83,18 @@ def test_more_sequences_than_the_kernels_are_for(case: Case, device: str) -> Non
 
 
 @cases(PLAIN)
+def test_projections_by_matrix_products_alone(
+    case: Case, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_fuse.decode.projection.by_matmul", lambda x, backend: True)
+    model = heads_of_16(case).build(device=device)
+    with count_ops() as calls:
+        compare(model, 24, **padded(tokens_for(model, 3, 13), "left"))
+    assert calls["hf_fuse::decode_linear"] == calls["hf_fuse::decode_linear_two"] == 0
+    assert calls["hf_fuse::decode_attention"]
+
+
+@cases(PLAIN)
 def test_one_new_token_and_one_token_of_prompt(case: Case, device: str) -> None:
     model = heads_of_16(case).build(device=device)
     compare(model, 1, input_ids=tokens_for(model, 2, 1))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse import ops
-from hf_fuse.decode.projection import by_matmul, project
+from hf_fuse.decode.projection import project, project_two
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec
 from hf_fuse.ops.decode_select import workspace
 
@@ -130,13 +130,10 @@ class DecodeEngine:
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
         spec, residual, backend = self.spec, self._residual, self.backend
         middle = self._middles[_middle_rows(layer)]
-        two = layer.one_kernel and not by_matmul(residual, backend)
-        if two:
-            ops.decode_linear_two(
-                (self._qkv, middle), residual, (*layer.qkv.weights, *layer.mlp_in.weights),
-                (*layer.qkv.biases, *layer.mlp_in.biases),
-                (layer.attention_norm.arguments, layer.mlp_norm.arguments),
-                act=layer.act, backend=backend,
+        if layer.one_kernel:
+            project_two(
+                (self._qkv, middle), residual, (layer.qkv, layer.mlp_in),
+                (layer.attention_norm, layer.mlp_norm), act=layer.act, backend=backend,
             )  # fmt: skip
         else:
             project(self._qkv, residual, layer.qkv, norm=layer.attention_norm, backend=backend)
@@ -152,7 +149,7 @@ class DecodeEngine:
                 epilogue="gated" if layer.gated else "act", act=layer.act, backend=backend,
             )  # fmt: skip
 
-        if layer.parallel and not two:  # before attention is added to what it reads
+        if layer.parallel and not layer.one_kernel:  # before attention is added to what it reads
             mlp_in()
         attended = self._attended.view(self.batch, -1)
         project(residual, attended, layer.attention_out, epilogue="add", backend=backend)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hf_fuse import ops
 from hf_fuse.decode.spec import Norm, Projection
-from hf_fuse.ops.activations import ACTIVATIONS, REFERENCES
-from hf_fuse.ops.add_norm import reference as add_norm_reference
+from hf_fuse.ops.activations import ACTIVATIONS
+from hf_fuse.ops.decode_linear import finish, normed
 
 # The kernels read the weights once for every 4 sequences; above this many, on a GPU, matrix
 # products on tensor cores (cuBLAS) read them once for all.
@@ -35,6 +35,29 @@ def project(
     )  # fmt: skip
 
 
+def project_two(
+    outs: tuple[Tensor, Tensor],
+    x: Tensor,
+    projections: tuple[Projection, Projection],
+    norms: tuple[Norm, Norm],
+    *,
+    act: str,
+    backend: str = "auto",
+) -> None:
+    """`ops.decode_linear_two`, likewise."""
+    if by_matmul(x, backend):
+        for out, projection, norm, epilogue in zip(
+            outs, projections, norms, ("store", "act"), strict=True
+        ):
+            matmul(out, x, projection, norm=norm, epilogue=epilogue, act=act)
+        return
+    ops.decode_linear_two(
+        outs, x, [w for p in projections for w in p.weights],
+        [b for p in projections for b in p.biases], tuple(n.arguments for n in norms),
+        act=act, backend=backend,
+    )  # fmt: skip
+
+
 def by_matmul(x: Tensor, backend: str) -> bool:
     """Whether `x`, [batch, size], has sequences enough."""
     return x.is_cuda and backend != "reference" and len(x) > MAX_SEQUENCES
@@ -52,24 +75,9 @@ def matmul(
     """As `ops.decode_linear`, but that the normed row is rounded to the weights' dtype, as it is in
     transformers' layers. Products are summed in fp32 and not rounded.
     """
-    dtype = projection.weights[0].dtype
-    if norm is not None:
-        bias = None if norm.bias is None else norm.bias.float()
-        x = add_norm_reference(x, norm.weight.float(), bias, eps=norm.eps, kind=norm.kind)[1]
-    pairs = zip(projection.weights, _biases(projection), strict=True)
-    ys = [_product(x.to(dtype), weight, bias) for weight, bias in pairs]
-    if epilogue == "gated":
-        out.copy_(REFERENCES[act](ys[0]) * ys[1])
-        return
-    y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
-    if epilogue == "add":
-        out.add_(y)
-    else:
-        out.copy_(REFERENCES[act](y) if epilogue == "act" else y)
-
-
-def _biases(projection: Projection) -> tuple[Tensor | None, ...]:
-    return projection.biases or (None,) * len(projection.weights)
+    x = normed(x, norm.arguments if norm else None).to(projection.weights[0].dtype)
+    pairs = zip(projection.weights, projection.biases, strict=True)
+    finish(out, [_product(x, weight, bias) for weight, bias in pairs], epilogue, act)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -111,19 +111,28 @@ def reference(
 ) -> None:
     """The same in plain torch."""
     wide = torch.promote_types(weights[0].dtype, torch.float32)
-    n = x.to(wide)
-    if norm is not None:
-        weight, bias, eps, kind = norm
-        bias = None if bias is None else bias.to(wide)
-        n = add_norm_reference(n, weight.to(wide), bias, eps=eps, kind=kind)[1]
-    ys = []
+    n, ys = normed(x.to(wide), norm), []
     for weight, bias in zip(weights, (*biases, *[None] * len(weights)), strict=False):
         y = n @ weight.to(wide).T
         ys.append(y if bias is None else y + bias.to(wide))
+    finish(out, ys, epilogue, act)
+
+
+def normed(x: Tensor, norm: tuple[Tensor, Tensor | None, float, str] | None) -> Tensor:
+    """The norm of x in x's dtype, or x itself."""
+    if norm is None:
+        return x
+    weight, bias, eps, kind = norm
+    bias = None if bias is None else bias.to(x.dtype)
+    return add_norm_reference(x, weight.to(x.dtype), bias, eps=eps, kind=kind)[1]
+
+
+def finish(out: Tensor, ys: Sequence[Tensor], epilogue: str, act: str) -> None:
+    """What becomes of the products, one for each weight."""
     if epilogue == "gated":
         out.copy_(REFERENCES[act](ys[0]) * ys[1])
         return
-    y = torch.cat(ys, -1)
+    y = ys[0] if len(ys) == 1 else torch.cat(list(ys), -1)
     if epilogue == "add":
         out.add_(y)
     else:

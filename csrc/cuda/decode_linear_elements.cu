@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(256)
   const int warps = blockDim.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   for (int unit = blockIdx.x * warps + threadIdx.x / kWarpSize; unit < units;
        unit += gridDim.x * warps) {
-    const T* row = all.template row<Layout::kAny>(unit, 0);
-    const T* up = all.template row<Layout::kAny>(unit, all.pair);
+    const T* row = all.row(unit, 0);
+    const T* up = all.row(unit, all.pair);
     float y = 0.f, y_up = 0.f;
     for (int64_t k = lane; k < p.size; k += kWarpSize) {
       const float n = normed(k);

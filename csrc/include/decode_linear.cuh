@@ -216,9 +216,7 @@ struct BlockRows {
     return (chunk < static_cast<unsigned>(chunks) ? chunk : 0u) * kSize;
   }
 
-  __device__ const T* row(int j) const {
-    return all.template row<kLayout>(unit(j >> pair), j & pair);
-  }
+  __device__ const T* row(int j) const { return all.row(unit(j >> pair), j & pair); }
 
   // The thread's chunk i of row j, one of the first `from` of fill_table.
   __device__ const T* early_chunk(int j, int i) const {

@@ -45,9 +45,8 @@ struct RowTable {
     if (kLayout == Layout::kPair || pair) return half;
     return (unit >= end[0]) + (unit >= end[1]);
   }
-  template <Layout kLayout>
   __device__ const T* row(int unit, int half) const {
-    const int i = index<kLayout>(unit, half);
+    const int i = index<Layout::kAny>(unit, half);
     return weight[i] + int64_t{unit} * stride[i];
   }
   // Of the unit's row, 0 where it has none. A strong load: it may come before the wait.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class PerplexityResult:
     kl_reference_patched: float | None
     report: Report
     note: str
-    through: str = "forward"  # or "decode": the patched model read the windows token by token
+    through: str  # "forward", or "decode": the patched model read the windows token by token
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, without the per-token arrays."""
@@ -215,7 +215,7 @@ def evaluate_perplexity(
                 totals.report = totals.report or hf_fuse.report(model)
             truth = None if reference_model is None else _logits(reference_model, ids, batch)
             totals.add(unpatched, patched, truth, _targets(ids, batch))
-    return replace(totals.result(len(ids), context, stride, note), through=through)
+    return totals.result(len(ids), context, stride, note, through)
 
 
 @dataclass
@@ -247,7 +247,9 @@ class _Totals:
         """KL(p‖q) = Σ p (log p - log q), summed over the rows."""
         self.kl[name] = self.kl.get(name, 0.0) + float((log_p.exp() * (log_p - log_q)).sum())
 
-    def result(self, num_tokens: int, context: int, stride: int, note: str) -> PerplexityResult:
+    def result(
+        self, num_tokens: int, context: int, stride: int, note: str, through: str = "forward"
+    ) -> PerplexityResult:
         unpatched, patched = _score(self.unpatched), _score(self.patched)
         assert self.report is not None
         count = len(unpatched.nll)
@@ -267,6 +269,7 @@ class _Totals:
             kl_reference_patched=kl.get("reference_patched"),
             report=self.report,
             note=note,
+            through=through,
         )
 
 

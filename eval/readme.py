@@ -67,7 +67,7 @@ def kernels_section() -> str:
 
 def decode_section() -> str:
     """`generate` at real shapes, from decode-*.json."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("decode-*.json"))]
+    results = [_load(path.name) for path in sorted(RESULTS.glob("decode-*.json"))]
     gpu = [r for r in results if r["device"].startswith("NVIDIA")]
     cpu = [r for r in results if not r["device"].startswith("NVIDIA")]
     rows = [
@@ -100,14 +100,14 @@ def decode_section() -> str:
             "models, CPU; KL is the divergence from the fp32 model, in nats):",
             _markdown(
                 ["model", "perplexity", "patched", "KL", "patched"],
-                [_through_decode(path) for path in sorted(RESULTS.glob("ppl-decode-*.json"))],
+                [_through_decode(p.name) for p in sorted(RESULTS.glob("ppl-decode-*.json"))],
             ),
         ]
     )  # fmt: skip
 
 
-def _through_decode(path: Path) -> list[str]:
-    run = json.loads(path.read_text())
+def _through_decode(name: str) -> list[str]:
+    run = _load(name)
     result = run["result"]
     return [
         run["model"],

@@ -12,6 +12,14 @@ from transformers import PretrainedConfig as Config
 from hf_fuse.eval.environment import UsageError
 
 PREFIX = "shape:"
+LLAMA_3_2_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,
     "num_attention_heads": 32,
@@ -19,14 +27,7 @@ _LLAMA3: dict[str, Any] = {
     "max_position_embeddings": 131072,
     "bos_token_id": 128000,
     "eos_token_id": 128001,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+    "rope_parameters": LLAMA_3_2_ROPE,
 }
 _ROPE_QUARTER = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
 _PYTHIA: dict[str, Any] = {"vocab_size": 50304, "rope_parameters": _ROPE_QUARTER}

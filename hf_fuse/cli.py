@@ -65,8 +65,8 @@ def _ppl(arguments: argparse.Namespace) -> int:
         **options,
     )
     print(f"{arguments.model}, {_dtype_of(model)}, {text.name}\n\n{perplexity_table(result)}")
-    facts = {"text": text.name, "text_digest": text.digest}
-    _save(arguments, model, "perplexity", facts, result, perplexities={_short(arguments): result})
+    facts = {"text": text.name, "text_digest": text.digest, "result": result.to_dict()}
+    _save(arguments, model, "perplexity", facts, perplexities={_short(arguments): result})
     return 0
 
 
@@ -83,7 +83,7 @@ def _tpot(arguments: argparse.Namespace) -> int:
             f"--prompt-length plus --new-tokens is {wanted}, over the model's {positions} positions"
         )
     device = _device_of(model)
-    results = []
+    results: list[Any] = []
     bandwidth = read_bandwidth(device)
     for length in arguments.prompt_length:
         for batch_size in arguments.batch_size:
@@ -98,14 +98,15 @@ def _tpot(arguments: argparse.Namespace) -> int:
             )
             results.append(result)
     head = f"{arguments.model}, {_dtype_of(model)}\n\n"
-    facts = {} if bandwidth is None else {"read_bytes_per_s": bandwidth}
+    facts: dict[str, Any] = {} if bandwidth is None else {"read_bytes_per_s": bandwidth}
     if len(results) == 1:
         print(f"{head}{decode_table(result)}")
-        _save(arguments, model, "decode", facts, result, decodes={_short(arguments): result})
+        facts["result"] = result.to_dict()
+        _save(arguments, model, "decode", facts, decodes={_short(arguments): result})
     else:
         print(f"{head}{sweep_table(results)}")
         facts["results"] = [r.to_dict() for r in results]
-        _save(arguments, model, "decode sweep", facts, None, sweep=results)
+        _save(arguments, model, "decode sweep", facts, sweep=results)
     return 0
 
 
@@ -287,7 +288,6 @@ def _save(
     model: Any,
     kind: str,
     facts: dict[str, Any],
-    result: Any,
     **drawings: Any,
 ) -> None:
     from hf_fuse.eval.report import write_json, write_png
@@ -299,7 +299,6 @@ def _save(
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": _dtype_of(model),
             **facts,
-            **({} if result is None else {"result": result.to_dict()}),
         }
         device = _device_of(model)
         write_json(arguments.json, kind, payload, device=device, arguments=arguments.given)

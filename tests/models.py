@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_fuse.eval.loading import MODELS
+from hf_fuse.eval.shapes import LLAMA_3_2_ROPE
 from hf_fuse.patches import BY_BACKBONE
 from hf_fuse.patches.architecture import Architecture
 
@@ -162,14 +163,6 @@ def _real(model_type: str, name: str, changes: dict[str, Any]) -> Case:
     return Case(name, model_type, {"vocab_size": 4096, **positions, **changes}, scale=0.04)
 
 
-LLAMA_3_2_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 REAL_SHAPES = (
     _llama_shape("SmolLM-135M", 576, 1536, 9, 3, rms_norm_eps=1e-5),
     _llama_shape("TinyLlama-1.1B", 2048, 5632, 32, 4, rms_norm_eps=1e-5),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_fuse import ops
 from hf_fuse.decode.projection import project, project_two
+from hf_fuse.decode.sampling import Sampler, Selection
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec
 from hf_fuse.ops.decode_select import workspace
 
@@ -34,8 +35,11 @@ class DecodeEngine:
         self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
         self.fingerprint = spec.fingerprint()
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # with the selection and without
+        # With the selection, and by what, or without.
+        self._graphs: dict[tuple[bool, Sampler | None], torch.cuda.CUDAGraph] = {}
         self._ending: tuple = ()  # what a captured step has taken as constants
+        self._samplers: dict[tuple[bool, bool], Sampler] = {}
+        self.sampler: Sampler | None = None  # without one, tokens are the largest logits'
 
         cache = (batch, spec.num_kv_heads, self.capacity, spec.head_dim)
         self.keys = [self._empty(*cache, dtype=self.dtype) for _ in spec.layers]
@@ -79,7 +83,7 @@ class DecodeEngine:
         """
         ending = (tuple(eos), pad, min_step)
         if ending != self._ending:
-            self._graphs.pop(True, None)
+            self._graphs = {kind: g for kind, g in self._graphs.items() if not kind[0]}
             self._ending = ending
             self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
             self.pad, self.min_step = pad, min_step
@@ -87,16 +91,39 @@ class DecodeEngine:
         self.length.fill_(length - 1)  # select moves on to the slot the new token will take
         self.step.zero_()
         self.finished.zero_()
+        self.sampler = None
 
-    def select(self, logits: Tensor | None = None) -> None:
-        """Take the next token from `logits` [batch, vocab], or from those of the last step."""
-        if logits is not None:
-            self.logits.copy_(logits)
-        ops.decode_select(
-            self.token, self.finished, self.history, self.length, self.step,
-            self._select_scratch, self.logits, self.eos, self.pad, self.min_step,
-            backend=self.backend,
-        )  # fmt: skip
+    def draw_by(self, selection: Selection, ids: Tensor) -> None:
+        """After `begin`: tokens are drawn, or penalised, as `selection` says, after the prompts
+        `ids`. What it filters by lies on the device, so another value needs no other graph.
+        """
+        kind = (selection.draws, selection.penalises)
+        if kind not in self._samplers:
+            self._samplers[kind] = Sampler(self.logits, *kind)
+        self.sampler = self._samplers[kind]
+        self.sampler.begin(selection, ids)
+
+    def select(self, logits: Tensor) -> None:
+        """Take the next token from `logits` [batch, vocab]."""
+        self.logits.copy_(logits)
+        self._draw()
+        self._select()
+
+    def _draw(self) -> None:
+        if self.sampler:
+            self.sampler.draw()
+
+    def _select(self) -> None:
+        state = (self.token, self.finished, self.history, self.length, self.step)
+        end = (self.eos, self.pad, self.min_step)
+        sampler, scratch, backend = self.sampler, self._select_scratch, self.backend
+        if sampler is None:
+            ops.decode_select(*state, scratch, self.logits, *end, backend=backend)
+        else:
+            ops.decode_sample(
+                *state, scratch, sampler.seen, self.logits, sampler.noise, sampler.filters, *end,
+                backend=backend,
+            )  # fmt: skip
 
     def put(self, token: Tensor) -> None:
         """Take the next token from the caller, in place of `select`."""
@@ -111,12 +138,15 @@ class DecodeEngine:
         if self.device.type != "cuda":
             self._run(select)
             return
-        if select not in self._graphs:
-            self._graphs[select] = self._capture(select)
-        self._graphs[select].replay()
+        kind = (select, self.sampler)
+        if kind not in self._graphs:
+            self._graphs[kind] = self._capture(select)
+        self._graphs[kind].replay()
 
     def _run(self, select: bool) -> None:
         spec, backend = self.spec, self.backend
+        if select:  # first: the kernels from here on overlap, torch's with none
+            self._draw()
         ops.decode_embed(
             self._residual, self.token, spec.embedding, spec.positions, self.length, self.start,
             backend=backend,
@@ -125,7 +155,7 @@ class DecodeEngine:
             self._layer(layer, self.keys[index], self.values[index])
         project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=backend)
         if select:
-            self.select()
+            self._select()
 
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
         spec, residual, backend = self.spec, self._residual, self.backend
@@ -161,15 +191,19 @@ class DecodeEngine:
         """The step as a graph. Its first run, uncaptured, builds what is built once; then the state
         is put back. (What that run wrote to the caches and the history is written again.)
         """
-        state = [t.clone() for t in (self.token, self.finished, self.length, self.step)]
+        state = [self.token, self.finished, self.length, self.step]
+        if self.sampler and self.sampler.seen is not None:
+            state.append(self.sampler.seen)
+        before = [t.clone() for t in state]
+        drawn = self.sampler.generator_state() if self.sampler else None
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._run(select)
-            for t, before in zip(
-                (self.token, self.finished, self.length, self.step), state, strict=True
-            ):
-                t.copy_(before)
+            for t, b in zip(state, before, strict=True):
+                t.copy_(b)
+            if self.sampler:
+                self.sampler.set_generator_state(drawn)
             stream.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
             try:

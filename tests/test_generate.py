@@ -445,6 +445,20 @@ def test_weights_that_change_between_calls_are_seen(case: Case, device: str) -> 
     assert model.generate(**arguments).tolist() == expected.tolist() != before.tolist()
 
 
+def test_inference_mode_and_then_without(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    arguments = {**GREEDY, "input_ids": tokens_for(model, 2, 6), "max_new_tokens": 9}
+    hf_fuse.patch(model, verify=False)
+    for options in ({}, {"do_sample": True}, {"repetition_penalty": 1.2}):
+        found = []
+        for inference in (True, False):
+            torch.manual_seed(5)
+            with torch.inference_mode(inference):
+                found.append(model.generate(**{**arguments, **options}).tolist())
+        assert found[0] == found[1]
+    assert left_to_transformers(model) == []
+
+
 def test_longer_calls_and_other_batches_make_the_engine_anew(device: str) -> None:
     case = heads_of_16(LLAMA)
     model, unpatched = (case.build(device=device, max_position_embeddings=1024) for _ in range(2))

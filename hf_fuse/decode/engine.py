@@ -99,7 +99,8 @@ class DecodeEngine:
         """
         kind = (selection.draws, selection.penalises)
         if kind not in self._samplers:
-            self._samplers[kind] = Sampler(self.logits, *kind)
+            with torch.inference_mode(False):  # as the engine itself
+                self._samplers[kind] = Sampler(self.logits, *kind)
         self.sampler = self._samplers[kind]
         self.sampler.begin(selection, ids)
 

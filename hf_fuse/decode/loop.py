@@ -194,7 +194,8 @@ class Call:
             kept.engine = None  # the old one's memory first
             backend = state_of(self.model).backend
             try:
-                kept.engine = DecodeEngine(spec, self.batch, self.max_length, backend)
+                with torch.inference_mode(False):  # later calls may be outside of it
+                    kept.engine = DecodeEngine(spec, self.batch, self.max_length, backend)
             except torch.OutOfMemoryError as error:
                 raise Unsuited("no memory for the engine's caches") from error
         return kept.engine

@@ -523,8 +523,9 @@ def test_an_empty_prompt_is_what_it_was(trained: tuple[Any, Any], device: str) -
     assert found[1] == found[2]
 
 
+@pytest.mark.parametrize("taken_by", ["__init__", "prepare"])
 def test_without_memory_for_the_engine_transformers_generates(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    taken_by: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = heads_of_16(LLAMA).build(device=device)
     arguments = {"input_ids": tokens_for(model, 1, 6), "max_new_tokens": 9, **GREEDY}
@@ -535,8 +536,8 @@ def test_without_memory_for_the_engine_transformers_generates(
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_fuse.decode.loop.DecodeEngine", full)
+        patched.setattr(f"hf_fuse.decode.loop.DecodeEngine.{taken_by}", full)
         assert model.generate(**arguments).tolist() == expected
-    assert left_to_transformers(model) == ["no memory for the engine's caches"]
+    assert left_to_transformers(model) == ["no memory for the engine"]
     assert model.generate(**arguments).tolist() == expected  # and then on the engine
     assert len(left_to_transformers(model)) == 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse import ops
+from hf_fuse.decode.prefill import prefill
 from hf_fuse.decode.projection import project, project_two
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec
 from hf_fuse.ops.decode_select import workspace
@@ -65,17 +66,9 @@ class DecodeEngine:
             and self.fingerprint == spec.fingerprint()
         )
 
-    def begin(
-        self,
-        length: int,
-        start: Tensor,
-        eos: Sequence[int],
-        pad: int,
-        min_step: int = 0,
-    ) -> None:
-        """Start at `length` tokens in the caches, of which start[b] are padding. The caches hold
-        them already; `select` then takes the logits of the last one. Before step `min_step` no
-        token is one of `eos`.
+    def begin(self, eos: Sequence[int], pad: int, min_step: int = 0) -> None:
+        """Start anew, with empty caches; `prefill` or `fill` brings the prompt. Before step
+        `min_step` no token is one of `eos`.
         """
         ending = (tuple(eos), pad, min_step)
         if ending != self._ending:
@@ -83,15 +76,43 @@ class DecodeEngine:
             self._ending = ending
             self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
             self.pad, self.min_step = pad, min_step
-        self.start.copy_(start)
-        self.length.fill_(length - 1)  # select moves on to the slot the new token will take
-        self.step.zero_()
-        self.finished.zero_()
+        for state in (self.token, self.finished, self.start, self.step):
+            state.zero_()
+        self.length.fill_(-1)  # `select` and `put` move on to the slot of the token they take
 
-    def select(self, logits: Tensor | None = None) -> None:
-        """Take the next token from `logits` [batch, vocab], or from those of the last step."""
-        if logits is not None:
-            self.logits.copy_(logits)
+    def prepare(self, select: bool) -> None:
+        """Between `begin` and the prompt: capture the step, if that is still to be done, so that
+        the memory it takes is taken now.
+        """
+        if self.device.type == "cuda" and select not in self._graphs:
+            self._graphs[select] = self._capture(select)
+
+    def prefill(self, input_ids: Tensor, start: Tensor) -> None:
+        """Run the prompt `input_ids` [batch, length], of which start[b] are padding."""
+        spec = self.spec
+        last = prefill(spec, input_ids, start, self.keys, self.values, self.backend)
+        self._residual.copy_(last)
+        project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=self.backend)
+        self._begin_at(input_ids.shape[1], start)
+
+    def fill(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor, start: Tensor
+    ) -> None:
+        """Take a prompt that ran elsewhere: each layer's keys and values [batch, kv_heads, length,
+        head_dim] and the last token's logits [batch, vocab].
+        """
+        length = keys[0].shape[2]
+        for own, given in zip((*self.keys, *self.values), (*keys, *values), strict=True):
+            own[:, :, :length].copy_(given)
+        self.logits.copy_(logits)
+        self._begin_at(length, start)
+
+    def _begin_at(self, length: int, start: Tensor) -> None:
+        self.start.copy_(start)
+        self.length.fill_(length - 1)
+
+    def select(self) -> None:
+        """Take the next token from the logits of the prompt or of the last step."""
         ops.decode_select(
             self.token, self.finished, self.history, self.length, self.step,
             self._select_scratch, self.logits, self.eos, self.pad, self.min_step,
@@ -106,13 +127,11 @@ class DecodeEngine:
 
     def advance(self, select: bool = True) -> None:
         """One step: the logits after `token` and, with `select`, the next token from them. On a GPU
-        it is only launched.
+        what `prepare` captured, and only launched.
         """
         if self.device.type != "cuda":
             self._run(select)
             return
-        if select not in self._graphs:
-            self._graphs[select] = self._capture(select)
         self._graphs[select].replay()
 
     def _run(self, select: bool) -> None:
@@ -158,18 +177,17 @@ class DecodeEngine:
         project(residual, middle, layer.mlp_out, epilogue="add", backend=backend)
 
     def _capture(self, select: bool) -> torch.cuda.CUDAGraph:
-        """The step as a graph. Its first run, uncaptured, builds what is built once; then the state
-        is put back. (What that run wrote to the caches and the history is written again.)
+        """The step as a graph. It runs once uncaptured, on the first slot, to build what is built
+        once; then the state is that of `begin` again.
         """
-        state = [t.clone() for t in (self.token, self.finished, self.length, self.step)]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
+            self.length.zero_()
             self._run(select)
-            for t, before in zip(
-                (self.token, self.finished, self.length, self.step), state, strict=True
-            ):
-                t.copy_(before)
+            for state in (self.token, self.finished, self.step):
+                state.zero_()
+            self.length.fill_(-1)
             stream.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
             try:

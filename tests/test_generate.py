@@ -95,6 +95,31 @@ def test_projections_by_matrix_products_alone(
 
 
 @cases(PLAIN)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prompts_run_again_give_the_same_bits(case: Case, batch: int, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    prompts = [tokens_for(model, batch, length) for length in (9, 16, 17, 100)]
+    arguments = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+
+    def run(ids: Tensor) -> Any:
+        out = model.generate(input_ids=ids, **arguments, **GREEDY)
+        keys = [layer.keys for layer in out.past_key_values.layers]
+        return out.sequences, out.logits, keys
+
+    expected = [run(ids)[0].tolist() for ids in prompts]
+    hf_fuse.patch(model, verify=False)
+    first = [run(ids) for ids in prompts]
+    assert [sequences.tolist() for sequences, *_ in first] == expected
+    for _ in range(2):  # on a GPU these are a graph's replays
+        for ids, (sequences, logits, keys) in zip(reversed(prompts), reversed(first), strict=True):
+            again = run(ids)
+            assert torch.equal(again[0], sequences)
+            assert all(map(torch.equal, again[1], logits))
+            assert all(map(torch.equal, again[2], keys))
+    assert left_to_transformers(model) == []
+
+
+@cases(PLAIN)
 def test_one_new_token_and_one_token_of_prompt(case: Case, device: str) -> None:
     model = heads_of_16(case).build(device=device)
     compare(model, 1, input_ids=tokens_for(model, 2, 1))

@@ -10,7 +10,7 @@ sizes and is closer to the fp32 model than rounding them to bfloat16 would be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from hf_fuse.ops.decode_select import workspace
 
 CAPACITY_STEP = 256  # cache slots are allocated in steps of this, so that engines are used again
 EXTRA_STEPS = 2  # the host is a step behind: a finished sequence is stepped once more
+# Prompts of up to this many tokens in all take a GPU less time to run than the host to launch: they
+# are padded to one of a few lengths, and the second of a length is a graph's replay.
+GRAPH_TOKENS, SHORTEST_PROMPT = 256, 16
 
 
 class DecodeEngine:
@@ -37,6 +40,11 @@ class DecodeEngine:
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # with the selection and without
         self._ending: tuple = ()  # what a captured step has taken as constants
+        if self.device.type == "cuda":  # of all graphs: what they leave lies in other memory
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(self.device)
+        self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by padded length
+        self._uncaptured: int | None = None  # the padded length of the last prompt, if not there
 
         cache = (batch, spec.num_kv_heads, self.capacity, spec.head_dim)
         self.keys = [self._empty(*cache, dtype=self.dtype) for _ in spec.layers]
@@ -57,6 +65,7 @@ class DecodeEngine:
             for rows in {_middle_rows(layer) for layer in spec.layers}
         }
         self.logits = self._empty(batch, sum(len(w) for w in spec.head.weights))
+        self._prompt = self._zeros(batch, GRAPH_TOKENS)
 
     def serves(self, spec: DecoderSpec, batch: int, capacity: int) -> bool:
         """Whether this engine does what one made with these arguments would."""
@@ -85,15 +94,44 @@ class DecodeEngine:
         the memory it takes is taken now.
         """
         if self.device.type == "cuda" and select not in self._graphs:
-            self._graphs[select] = self._capture(select)
+            self._graphs[select] = self._capture_step(select)
 
     def prefill(self, input_ids: Tensor, start: Tensor) -> None:
         """Run the prompt `input_ids` [batch, length], of which start[b] are padding."""
+        length = input_ids.shape[1]
+        padded, self._uncaptured = self._padded_length(length), None
+        self._begin_at(length, start)
+        if padded is None or bool(start.any()):
+            self._run_prompt(input_ids, start)
+            return
+        self._prompt[:, :length] = input_ids
+        if padded in self._prompts:
+            self._prompts[padded].replay()
+        else:
+            self._run_prompt(self._prompt[:, :padded], start)
+            self._uncaptured = padded
+
+    def end(self) -> None:
+        """After the last token: what would have delayed the first."""
+        padded, self._uncaptured = self._uncaptured, None
+        if padded is not None:
+            prompt, no_padding = self._prompt[:, :padded], torch.zeros(self.batch)
+            self._prompts[padded] = self._capture(lambda: self._run_prompt(prompt, no_padding))
+
+    def _padded_length(self, length: int) -> int | None:
+        """A power of two for a prompt that is run as a graph, else None."""
+        padded = max(SHORTEST_PROMPT, 1 << (length - 1).bit_length())
+        if self.device.type != "cuda" or self.batch * padded > GRAPH_TOKENS:
+            return None
+        positions = self.spec.positions
+        return None if positions is not None and padded > len(positions) else padded
+
+    def _run_prompt(self, input_ids: Tensor, start: Tensor) -> None:
         spec = self.spec
-        last = prefill(spec, input_ids, start, self.keys, self.values, self.backend)
-        self._residual.copy_(last)
+        self._residual.copy_(
+            prefill(spec, input_ids, start, self.length, self.keys, self.values, self.backend)
+        )
         project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=self.backend)
-        self._begin_at(input_ids.shape[1], start)
 
     def fill(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor, start: Tensor
@@ -108,6 +146,7 @@ class DecodeEngine:
         self._begin_at(length, start)
 
     def _begin_at(self, length: int, start: Tensor) -> None:
+        """With `length` tokens in the caches, the last of which is still to be followed."""
         self.start.copy_(start)
         self.length.fill_(length - 1)
 
@@ -176,25 +215,26 @@ class DecodeEngine:
             mlp_in()
         project(residual, middle, layer.mlp_out, epilogue="add", backend=backend)
 
-    def _capture(self, select: bool) -> torch.cuda.CUDAGraph:
+    def _capture_step(self, select: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph. It runs once uncaptured, on the first slot, to build what is built
         once; then the state is that of `begin` again.
         """
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self.length.zero_()
-            self._run(select)
-            for state in (self.token, self.finished, self.step):
-                state.zero_()
-            self.length.fill_(-1)
-            stream.synchronize()
-            graph.capture_begin(capture_error_mode="thread_local")
+        self.length.zero_()
+        self._run(select)
+        for state in (self.token, self.finished, self.step):
+            state.zero_()
+        self.length.fill_(-1)
+        return self._capture(lambda: self._run(select))
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                self._run(select)
+                run()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
         return graph
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

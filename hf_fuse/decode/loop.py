@@ -238,8 +238,9 @@ class Call:
                 tokens.append(row)
                 if streamer is not None:
                     streamer.put(row)
-        if streamer is not None:
-            streamer.end()
+            if streamer is not None:
+                streamer.end()
+            engine.end()
         new = torch.stack(tokens, dim=1).to(self.input_ids.device)
         sequences = torch.cat([self.input_ids, new], dim=-1)
         if self._cache_outlives(cache):

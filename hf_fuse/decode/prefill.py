@@ -18,12 +18,13 @@ def prefill(
     spec: DecoderSpec,
     input_ids: Tensor,
     start: Tensor,
+    last: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
     backend: str = "auto",
 ) -> Tensor:
     """Run the prompt `input_ids` [batch, length], of which the first start[b] are padding (`start`
-    is on the host).
+    is on the host) and `last`, [1], is the last token; what follows it changes nothing.
 
     Writes slots 0 to length of `keys` and `values`, each [batch, kv_heads, capacity, head_dim], and
     returns the residual row of the last token, [batch, hidden_size], before the final norm.
@@ -43,8 +44,8 @@ def prefill(
             deltas = (_mlp(layer, rows[0], backend),)
         if index + 1 < len(spec.layers):
             x, rows = _add_norms(x, deltas, opening[index + 1], backend)
-    last = [delta[:, -1] for delta in deltas]
-    return (last[0] + last[1] if len(last) == 2 else last[0]) + x[:, -1]
+    x, *ends = (t.index_select(1, last)[:, 0] for t in (x, *deltas))
+    return (ends[0] + ends[1] if len(ends) == 2 else ends[0]) + x
 
 
 class _Attention:

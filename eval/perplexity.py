@@ -306,7 +306,8 @@ def _decoded(model: Any, ids: Tensor, batch: list[Window]) -> Tensor:
         raise UsageError(f"the decode engine does not take this model: {error}") from error
     inputs = torch.stack([ids[w.begin : w.end] for w in batch]).to(spec.embedding.device)
     engine = DecodeEngine(spec, len(batch), inputs.shape[1])
-    engine.begin(0, engine.start.new_zeros(len(batch)), (), 0)
+    engine.begin((), 0)
+    engine.prepare(select=False)
     first = [w.first_scored - w.begin - 1 for w in batch]
     rows: list[list[Tensor]] = [[] for _ in batch]
     for position in range(inputs.shape[1] - 1):

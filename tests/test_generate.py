@@ -98,6 +98,31 @@ def test_projections_by_matrix_products_alone(
 
 
 @cases(PLAIN)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prompts_run_again_give_the_same_bits(case: Case, batch: int, device: str) -> None:
+    model = heads_of_16(case).build(device=device)
+    prompts = [tokens_for(model, batch, length) for length in (9, 16, 17, 100)]
+    arguments = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+
+    def run(ids: Tensor) -> Any:
+        out = model.generate(input_ids=ids, **arguments, **GREEDY)
+        keys = [layer.keys for layer in out.past_key_values.layers]
+        return out.sequences, out.logits, keys
+
+    expected = [run(ids)[0].tolist() for ids in prompts]
+    hf_fuse.patch(model, verify=False)
+    first = [run(ids) for ids in prompts]
+    assert [sequences.tolist() for sequences, *_ in first] == expected
+    for _ in range(2):  # on a GPU these are a graph's replays
+        for ids, (sequences, logits, keys) in zip(reversed(prompts), reversed(first), strict=True):
+            again = run(ids)
+            assert torch.equal(again[0], sequences)
+            assert all(map(torch.equal, again[1], logits))
+            assert all(map(torch.equal, again[2], keys))
+    assert left_to_transformers(model) == []
+
+
+@cases(PLAIN)
 def test_one_new_token_and_one_token_of_prompt(case: Case, device: str) -> None:
     model = heads_of_16(case).build(device=device)
     compare(model, 1, input_ids=tokens_for(model, 2, 1))
@@ -648,8 +673,9 @@ def test_an_empty_prompt_is_what_it_was(trained: tuple[Any, Any], device: str) -
     assert found[1] == found[2]
 
 
+@pytest.mark.parametrize("taken_by", ["__init__", "prepare"])
 def test_without_memory_for_the_engine_transformers_generates(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    taken_by: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = heads_of_16(LLAMA).build(device=device)
     arguments = {"input_ids": tokens_for(model, 1, 6), "max_new_tokens": 9, **GREEDY}
@@ -660,8 +686,8 @@ def test_without_memory_for_the_engine_transformers_generates(
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_fuse.decode.loop.DecodeEngine", full)
+        patched.setattr(f"hf_fuse.decode.loop.DecodeEngine.{taken_by}", full)
         assert model.generate(**arguments).tolist() == expected
-    assert left_to_transformers(model) == ["no memory for the engine's caches"]
+    assert left_to_transformers(model) == ["no memory for the engine"]
     assert model.generate(**arguments).tolist() == expected  # and then on the engine
     assert len(left_to_transformers(model)) == 1

@@ -10,12 +10,13 @@ sizes and is closer to the fp32 model than rounding them to bfloat16 would be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_fuse import ops
+from hf_fuse.decode.prefill import prefill
 from hf_fuse.decode.projection import project, project_two
 from hf_fuse.decode.sampling import Sampler, Selection
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec
@@ -23,6 +24,9 @@ from hf_fuse.ops.decode_select import workspace
 
 CAPACITY_STEP = 256  # cache slots are allocated in steps of this, so that engines are used again
 EXTRA_STEPS = 2  # the host is a step behind: a finished sequence is stepped once more
+# Prompts of up to this many tokens in all take a GPU less time to run than the host to launch: they
+# are padded to one of a few lengths, and the second of a length is a graph's replay.
+GRAPH_TOKENS, SHORTEST_PROMPT = 256, 16
 
 
 class DecodeEngine:
@@ -35,9 +39,17 @@ class DecodeEngine:
         self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
         self.fingerprint = spec.fingerprint()
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
-        # With the selection, and by what, or without.
-        self._graphs: dict[tuple[bool, Sampler | None], torch.cuda.CUDAGraph] = {}
-        self._ending: tuple = ()  # what a captured step has taken as constants
+        # The step with the selection, and by what, or without; what it has taken as constants, and
+        # the eos that it reads.
+        self._graphs: dict[
+            tuple[bool, Sampler | None], tuple[torch.cuda.CUDAGraph, tuple, Tensor]
+        ] = {}
+        self._ending: tuple = ()
+        if self.device.type == "cuda":  # of all graphs: what they leave lies in other memory
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(self.device)
+        self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by padded length
+        self._uncaptured: int | None = None  # the padded length of the last prompt, if not there
         self._samplers: dict[tuple[bool, bool], Sampler] = {}
         self.sampler: Sampler | None = None  # without one, tokens are the largest logits'
 
@@ -60,6 +72,7 @@ class DecodeEngine:
             for rows in {_middle_rows(layer) for layer in spec.layers}
         }
         self.logits = self._empty(batch, sum(len(w) for w in spec.head.weights))
+        self._prompt = self._zeros(batch, GRAPH_TOKENS)
 
     def serves(self, spec: DecoderSpec, batch: int, capacity: int) -> bool:
         """Whether this engine does what one made with these arguments would."""
@@ -69,28 +82,18 @@ class DecodeEngine:
             and self.fingerprint == spec.fingerprint()
         )
 
-    def begin(
-        self,
-        length: int,
-        start: Tensor,
-        eos: Sequence[int],
-        pad: int,
-        min_step: int = 0,
-    ) -> None:
-        """Start at `length` tokens in the caches, of which start[b] are padding. The caches hold
-        them already; `select` then takes the logits of the last one. Before step `min_step` no
-        token is one of `eos`.
+    def begin(self, eos: Sequence[int], pad: int, min_step: int = 0) -> None:
+        """Start anew, with empty caches; `prefill` or `fill` brings the prompt. Before step
+        `min_step` no token is one of `eos`.
         """
         ending = (tuple(eos), pad, min_step)
         if ending != self._ending:
-            self._graphs = {kind: g for kind, g in self._graphs.items() if not kind[0]}
             self._ending = ending
             self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
             self.pad, self.min_step = pad, min_step
-        self.start.copy_(start)
-        self.length.fill_(length - 1)  # select moves on to the slot the new token will take
-        self.step.zero_()
-        self.finished.zero_()
+        for state in (self.token, self.finished, self.start, self.step):
+            state.zero_()
+        self.length.fill_(-1)  # `select` and `put` move on to the slot of the token they take
         self.sampler = None
 
     def draw_by(self, selection: Selection, ids: Tensor) -> None:
@@ -104,9 +107,72 @@ class DecodeEngine:
         self.sampler = self._samplers[kind]
         self.sampler.begin(selection, ids)
 
-    def select(self, logits: Tensor) -> None:
-        """Take the next token from `logits` [batch, vocab]."""
+    def prepare(self, select: bool) -> None:
+        """Between `begin` and the prompt: capture the step, if that is still to be done, so that
+        the memory it takes is taken now.
+        """
+        constants, kind = self._ending if select else (), (select, self.sampler)
+        captured = self._graphs.get(kind)
+        if self.device.type == "cuda" and (captured is None or captured[1] != constants):
+            # The one it replaces is freed after it: the graphs' pool must not be without any.
+            self._graphs[kind] = self._capture_step(select), constants, self.eos
+
+    def prefill(self, input_ids: Tensor, start: Tensor) -> None:
+        """Run the prompt `input_ids` [batch, length], of which start[b] are padding."""
+        length = input_ids.shape[1]
+        padded, self._uncaptured = self._padded_length(length), None
+        self._begin_at(length, start)
+        if padded is None or bool(start.any()):
+            self._run_prompt(input_ids, start)
+            return
+        self._prompt[:, :length] = input_ids
+        if padded in self._prompts:
+            self._prompts[padded].replay()
+        else:
+            self._run_prompt(self._prompt[:, :padded], start)
+            self._uncaptured = padded
+
+    def end(self) -> None:
+        """After the last token: what would have delayed the first."""
+        padded, self._uncaptured = self._uncaptured, None
+        if padded is not None:
+            prompt, no_padding = self._prompt[:, :padded], torch.zeros(self.batch)
+            self._prompts[padded] = self._capture(lambda: self._run_prompt(prompt, no_padding))
+
+    def _padded_length(self, length: int) -> int | None:
+        """A power of two for a prompt that is run as a graph, else None."""
+        padded = max(SHORTEST_PROMPT, 1 << (length - 1).bit_length())
+        if self.device.type != "cuda" or self.batch * padded > GRAPH_TOKENS:
+            return None
+        positions = self.spec.positions
+        return None if positions is not None and padded > len(positions) else padded
+
+    def _run_prompt(self, input_ids: Tensor, start: Tensor) -> None:
+        spec = self.spec
+        self._residual.copy_(
+            prefill(spec, input_ids, start, self.length, self.keys, self.values, self.backend)
+        )
+        project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=self.backend)
+
+    def fill(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor, start: Tensor
+    ) -> None:
+        """Take a prompt that ran elsewhere: each layer's keys and values [batch, kv_heads, length,
+        head_dim] and the last token's logits [batch, vocab].
+        """
+        length = keys[0].shape[2]
+        for own, given in zip((*self.keys, *self.values), (*keys, *values), strict=True):
+            own[:, :, :length].copy_(given)
         self.logits.copy_(logits)
+        self._begin_at(length, start)
+
+    def _begin_at(self, length: int, start: Tensor) -> None:
+        """With `length` tokens in the caches, the last of which is still to be followed."""
+        self.start.copy_(start)
+        self.length.fill_(length - 1)
+
+    def select(self) -> None:
+        """Take the next token from the logits of the prompt or of the last step."""
         self._draw()
         self._select()
 
@@ -134,15 +200,12 @@ class DecodeEngine:
 
     def advance(self, select: bool = True) -> None:
         """One step: the logits after `token` and, with `select`, the next token from them. On a GPU
-        it is only launched.
+        what `prepare` captured, and only launched.
         """
         if self.device.type != "cuda":
             self._run(select)
             return
-        kind = (select, self.sampler)
-        if kind not in self._graphs:
-            self._graphs[kind] = self._capture(select)
-        self._graphs[kind].replay()
+        self._graphs[select, self.sampler][0].replay()
 
     def _run(self, select: bool) -> None:
         spec, backend = self.spec, self.backend
@@ -188,30 +251,31 @@ class DecodeEngine:
             mlp_in()
         project(residual, middle, layer.mlp_out, epilogue="add", backend=backend)
 
-    def _capture(self, select: bool) -> torch.cuda.CUDAGraph:
-        """The step as a graph. Its first run, uncaptured, builds what is built once; then the state
-        is put back. (What that run wrote to the caches and the history is written again.)
+    def _capture_step(self, select: bool) -> torch.cuda.CUDAGraph:
+        """The step as a graph. It runs once uncaptured, on the first slot, to build what is built
+        once; then the state is that of `begin` again.
         """
-        state = [self.token, self.finished, self.length, self.step]
-        if self.sampler and self.sampler.seen is not None:
-            state.append(self.sampler.seen)
-        before = [t.clone() for t in state]
-        drawn = self.sampler.generator_state() if self.sampler else None
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._run(select)
-            for t, b in zip(state, before, strict=True):
-                t.copy_(b)
-            if self.sampler:
-                self.sampler.set_generator_state(drawn)
-            stream.synchronize()
-            graph.capture_begin(capture_error_mode="thread_local")
+        sampler = self.sampler
+        seen = sampler.seen.clone() if sampler and sampler.seen is not None else None
+        drawn = sampler.generator_state() if sampler else None
+        self.length.zero_()
+        self._run(select)
+        for state in (self.token, self.finished, self.step):
+            state.zero_()
+        self.length.fill_(-1)
+        if sampler:
+            sampler.put_back(seen, drawn)
+        return self._capture(lambda: self._run(select))
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                self._run(select)
+                run()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
         return graph
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

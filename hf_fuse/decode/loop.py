@@ -190,15 +190,27 @@ class Call:
             raise Unsuited("max_length is beyond the learned positions")
         self.start = _left_padding(self.kwargs.get("attention_mask"), self.batch)
         self._check_positions()
-        if kept.engine is None or not kept.engine.serves(spec, self.batch, self.max_length):
-            kept.engine = None  # the old one's memory first
-            backend = state_of(self.model).backend
-            try:
+        try:
+            if kept.engine is None or not kept.engine.serves(spec, self.batch, self.max_length):
+                kept.engine = None  # the old one's memory first
+                backend = state_of(self.model).backend
                 with torch.inference_mode(False):  # later calls may be outside of it
                     kept.engine = DecodeEngine(spec, self.batch, self.max_length, backend)
-            except torch.OutOfMemoryError as error:
-                raise Unsuited("no memory for the engine's caches") from error
+            self._begin(kept.engine)
+        except RuntimeError as error:
+            kept.engine = None
+            if not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)):
+                raise
+            raise Unsuited("no memory for the engine") from error
         return kept.engine
+
+    def _begin(self, engine: DecodeEngine) -> None:
+        selection = self.selection
+        engine.begin(self.eos, self._pad(), selection.min_step if selection else 0)
+        if selection and (selection.draws or selection.penalises):
+            engine.draw_by(selection, self.input_ids)
+        if self.steps > 1:
+            engine.prepare(selection is not None)
 
     def _check_positions(self) -> None:
         """Raise Unsuited unless each sequence's positions count from its first token."""
@@ -212,30 +224,23 @@ class Call:
 
     def run(self, engine: DecodeEngine, streamer: Any) -> Any:
         """Prefill, then a token at a time."""
-        outputs = self.model._prefill(self.input_ids, self.config, self.kwargs)
-        cache = outputs.past_key_values
-        length = _fill(engine, cache)
-        selection = self.selection
-        min_step = selection.min_step if selection else 0
-        engine.begin(length, self.start.to(engine.device), self.eos, self._pad(), min_step)
-        if selection and (selection.draws or selection.penalises):
-            engine.draw_by(selection, self.input_ids)
+        cache: Any = self.kwargs["past_key_values"]
         kept = Logits()
         tokens: list[Tensor] = []
         with torch.no_grad():
-            last = outputs.logits[:, -1].to(torch.float32, copy=True)
-            del outputs
-            rows = self._rows if selection else self._rows_selected_here
-            for row in rows(engine, last, kept):
+            held = self._prefill(engine, cache)
+            rows = self._rows if self.selection else self._rows_selected_here
+            for row in rows(engine, kept):
                 tokens.append(row)
                 if streamer is not None:
                     streamer.put(row)
-        if streamer is not None:
-            streamer.end()
+            if streamer is not None:
+                streamer.end()
+            engine.end()
         new = torch.stack(tokens, dim=1).to(self.input_ids.device)
         sequences = torch.cat([self.input_ids, new], dim=-1)
         if self._cache_outlives(cache):
-            _return(engine, cache, length, length + len(tokens) - 1)
+            _return(engine, cache, held, (held or self.prompt) + len(tokens) - 1)
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
@@ -245,13 +250,30 @@ class Call:
             past_key_values=cache,
         )
 
-    def _rows(self, engine: DecodeEngine, last: Tensor, kept: Logits) -> Iterator[Tensor]:
+    def _prefill(self, engine: DecodeEngine, cache: Any) -> int:
+        """Run the prompt; returns how many tokens `cache` holds then. Into an empty cache the
+        engine runs it, and leaves the cache empty; else the model does.
+        """
+        model, mask = self.model, self.kwargs.get("attention_mask")
+        whole = mask is None or mask.shape[1] == self.prompt
+        hooked = model._forward_hooks or model._forward_pre_hooks
+        if whole and not hooked and not cache.get_seq_length():
+            engine.prefill(self.input_ids, self.start)
+            return 0
+        outputs = model._prefill(self.input_ids, self.config, self.kwargs)
+        length = int(cache.get_seq_length())
+        keys = [layer.keys[:, :, :length] for layer in cache.layers]
+        values = [layer.values[:, :, :length] for layer in cache.layers]
+        engine.fill(keys, values, outputs.logits[:, -1], self.start)
+        return length
+
+    def _rows(self, engine: DecodeEngine, kept: Logits) -> Iterator[Tensor]:
         """The tokens of each step, [batch] on the host, until all sequences have ended."""
         ended = torch.zeros(self.batch, dtype=torch.bool)
         eos = torch.tensor(self.eos)
         wait = _Behind(engine.device)
         sampler = engine.sampler
-        engine.select(last)
+        engine.select()
         for step in range(self.steps):
             if self._keeps_logits():
                 logits = engine.logits.clone()
@@ -275,16 +297,14 @@ class Call:
             if not ahead and step + 1 < self.steps:
                 engine.advance()
 
-    def _rows_selected_here(
-        self, engine: DecodeEngine, last: Tensor, kept: Logits
-    ) -> Iterator[Tensor]:
+    def _rows_selected_here(self, engine: DecodeEngine, kept: Logits) -> Iterator[Tensor]:
         """The same with transformers' own processors, sampling and stopping criteria, in its order,
         so that a seed gives its tokens.
         """
         ids, pad = self.input_ids, self._pad()
         unfinished = torch.ones(self.batch, dtype=torch.long, device=ids.device)
         for step in range(self.steps):
-            logits = engine.logits.clone() if step else last
+            logits = engine.logits.clone()
             scores = self.processors(ids, logits)
             if self._keeps_logits():
                 kept.add(logits, scores)
@@ -378,15 +398,6 @@ def _left_padding(mask: Tensor | None, batch: int) -> Tensor:
     if not torch.equal(mask, expected) or bool((start == mask.shape[1]).any()):
         raise Unsuited("an attention mask with other than left padding")
     return start
-
-
-def _fill(engine: DecodeEngine, cache: Any) -> int:
-    """Copy what the prefill cached into the engine; returns how many tokens that is."""
-    length = int(cache.get_seq_length())
-    for layer, keys, values in zip(cache.layers, engine.keys, engine.values, strict=True):
-        keys[:, :, :length].copy_(layer.keys[:, :, :length])
-        values[:, :, :length].copy_(layer.values[:, :, :length])
-    return length
 
 
 def _return(engine: DecodeEngine, cache: Cache, length: int, end: int) -> None:

@@ -129,5 +129,11 @@ class Sampler:
         if state is not None:
             self._generator().set_state(state)
 
+    def put_back(self, seen: Tensor | None, state: Tensor | None) -> None:
+        """Forget a trial run: what it saw and what it drew."""
+        if self.seen is not None and seen is not None:
+            self.seen.copy_(seen)
+        self.set_generator_state(state)
+
     def _generator(self) -> torch.Generator:
         return torch.cuda.default_generators[self.device.index]

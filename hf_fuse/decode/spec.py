@@ -7,8 +7,8 @@ and `generate` stays with transformers' loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,17 +95,25 @@ class DecoderSpec:
     rope_scale: float = 1.0
     interleaved: bool = False
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor the spec refers to."""
-        yield from _tensors(self)
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor the spec refers to, but for the frequencies."""
+        norms, projections = [self.final_norm], [self.head]
+        for layer in self.layers:
+            norms += [layer.attention_norm, layer.mlp_norm]
+            projections += [layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out]
+        found = [self.embedding, self.positions]
+        for norm in norms:
+            found += [norm.weight, norm.bias]
+        for projection in projections:
+            found += [*projection.weights, *projection.biases]
+        return tuple(t for t in found if t is not None)
 
     def fingerprint(self) -> tuple:
         """Changes when a parameter is another one or lies elsewhere; what a captured step depends
         on. Of the frequencies the values count: a half-precision model's are converted anew.
         """
-        places = [
-            (t.data_ptr(), t.shape, t.stride()) for t in self.tensors() if t is not self.inv_freq
-        ]
+        places = [(t.data_ptr(), t.shape, t.stride()) for t in self.tensors]
         frequencies = () if self.inv_freq is None else self.inv_freq.tolist()
         return (*places, *frequencies)
 
@@ -114,24 +122,13 @@ class DecoderSpec:
         device, dtype = self.embedding.device, self.embedding.dtype
         if dtype not in COMMON_DTYPES:
             raise Unsuited(f"the model's dtype is {dtype}")
-        for tensor in self.tensors():
-            if tensor is not self.inv_freq and tensor.dtype != dtype:
-                raise Unsuited("the parameters differ in dtype")
-            if tensor.device != device:
+        if any(tensor.dtype != dtype for tensor in self.tensors):
+            raise Unsuited("the parameters differ in dtype")
+        for tensor in (*self.tensors, self.inv_freq):
+            if tensor is not None and tensor.device != device:
                 raise Unsuited("the parameters are on several devices")
         if device.type == "cuda" and (self.head_dim % 8 or self.head_dim > 256):
             raise Unsuited(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
 
 
 def projection(*modules: Any) -> Projection:

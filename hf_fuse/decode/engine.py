@@ -38,8 +38,9 @@ class DecodeEngine:
         self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
         self.fingerprint = spec.fingerprint()
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}  # with the selection and without
-        self._ending: tuple = ()  # what a captured step has taken as constants
+        # The step with the selection and without, and what it has taken as constants.
+        self._graphs: dict[bool, tuple[tuple, torch.cuda.CUDAGraph]] = {}
+        self._ending: tuple = ()
         if self.device.type == "cuda":  # of all graphs: what they leave lies in other memory
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(self.device)
@@ -81,7 +82,6 @@ class DecodeEngine:
         """
         ending = (tuple(eos), pad, min_step)
         if ending != self._ending:
-            self._graphs.pop(True, None)
             self._ending = ending
             self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device)
             self.pad, self.min_step = pad, min_step
@@ -93,8 +93,11 @@ class DecodeEngine:
         """Between `begin` and the prompt: capture the step, if that is still to be done, so that
         the memory it takes is taken now.
         """
-        if self.device.type == "cuda" and select not in self._graphs:
-            self._graphs[select] = self._capture_step(select)
+        constants = self._ending if select else ()
+        captured = self._graphs.get(select)
+        if self.device.type == "cuda" and (captured is None or captured[0] != constants):
+            # The one it replaces is freed after it: the graphs' pool must not be without any.
+            self._graphs[select] = constants, self._capture_step(select)
 
     def prefill(self, input_ids: Tensor, start: Tensor) -> None:
         """Run the prompt `input_ids` [batch, length], of which start[b] are padding."""
@@ -171,7 +174,7 @@ class DecodeEngine:
         if self.device.type != "cuda":
             self._run(select)
             return
-        self._graphs[select].replay()
+        self._graphs[select][1].replay()
 
     def _run(self, select: bool) -> None:
         spec, backend = self.spec, self.backend

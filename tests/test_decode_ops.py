@@ -497,6 +497,17 @@ def test_attention_of_every_length(
     make_attention(dtype, device, length=length, start=start).check()
 
 
+@few_dtypes
+@pytest.mark.parametrize("group", [2, 3, 5, 16])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_attention_over_a_long_cache(
+    head_dim: int, group: int, dtype: torch.dtype, device: str
+) -> None:
+    make_attention(
+        dtype, device, head_dim=head_dim, group=group, length=4500, start=(0, 4450), capacity=5000
+    ).check()
+
+
 @each_dtype
 @pytest.mark.parametrize("rope_scale", [1.0, 1.25])
 @pytest.mark.parametrize("rotary_dim", [0, 16, 80])

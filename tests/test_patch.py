@@ -174,14 +174,14 @@ def test_every_decoding_step_is_fused(case: Case, device: str) -> None:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new)
     layers = len(layers_of(model))
     parallel = getattr(layers_of(model)[0], "use_parallel_residual", False)
-    # the prompt, whose last norm goes with the head
-    assert calls["hf_fuse::add_norm"] == (1 if parallel else 2) * layers
-    assert calls[f"hf_fuse::{MIDDLE[case.model_type]}"] == layers
-    # the rest step by step, which a GPU runs once, captures once and replays
-    steps = new - 1 if device == "cpu" else 2
+    # A GPU runs the prompt and a step once, captures both once and replays the step.
+    prompts, steps = (1, new - 1) if device == "cpu" else (2, 2)
+    # the prompt's last norm goes with the head
+    assert calls["hf_fuse::add_norm"] == prompts * (1 if parallel else 2) * layers
+    assert calls[f"hf_fuse::{MIDDLE[case.model_type]}"] == prompts * layers
     two = layers if parallel else 0  # QKV and the MLP's first projection in one kernel
     assert calls["hf_fuse::decode_linear_two"] == steps * two
-    assert calls["hf_fuse::decode_linear"] == steps * (4 * layers - 2 * two + 1) + 1
+    assert calls["hf_fuse::decode_linear"] == steps * (4 * layers - 2 * two + 1) + prompts
     assert calls["hf_fuse::decode_attention"] == steps * layers
     assert calls["hf_fuse::decode_select"] == steps + 1
 

@@ -11,60 +11,15 @@
 //   then combined in a fixed order: in the warp, in the block, and over the cluster by stores to
 //   the shared memory of the block that writes an output.
 #include <algorithm>
-#include <cfloat>
-#include <cmath>
 
-#include "../include/decode.cuh"
-#include "../include/decode.h"
-#include "../include/reduce.cuh"
+#include "../include/decode_attention.cuh"
 
 namespace hf_fuse {
 namespace {
 
-constexpr const char* kOp = "decode_attention";
-constexpr int kElements = 8;    // of a cache row, that a lane holds
 constexpr int kAloneTiles = 2;  // a warp, up to which a block is done sooner than a cluster
 constexpr int kSplitTiles = 8;  // a warp, up to which a block for each query head is sooner done
-constexpr int kMaxCluster = 16, kPortableCluster = 8;  // blocks
-// Four warps find room beside two blocks of a projection; eight read a long cache faster.
-constexpr int kFewWarps = 4, kMaxWarps = 8, kLongCache = 4096;
-constexpr float kLowest = -FLT_MAX;  // the maximum of nothing: -inf would make NaN of exp(m - m)
-constexpr float kLog2e = 1.4426950408889634f;
-
-// kLanes_ lanes read a cache row with 16-byte loads, so a warp reads kSlotGroups rows at once, and
-// kSlots times for a tile.
-template <typename T, int kLanes_, int kGroup_>
-struct Layout {
-  using Element = T;
-  using Vector = Vec16<T>;
-  static constexpr int kLanes = kLanes_, kSlotGroups = kWarpSize / kLanes;
-  static constexpr int kGroup = kGroup_;                // query heads
-  static constexpr int kBuffers = kGroup == 1 ? 4 : 2;  // tiles a warp has in flight
-  static constexpr int kVecs = kElements / Vector::kSize;
-  using Row = Vector[kVecs];  // a lane's part of it
-  static constexpr int kSlots = 2 / kVecs, kTile = kSlots * kSlotGroups;
-  static constexpr int kDim = kLanes * kElements;  // head_dim and its padding
-  static constexpr int kOutputs = kGroup * kDim;
-
-  // The column of a lane's i-th element. Signed: unsigned, the columns would each get a register.
-  __device__ static int column(int i) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    return (i / Vector::kSize * kLanes + lane) * Vector::kSize + i % Vector::kSize;
-  }
-  __device__ static int slot_group() { return static_cast<int>(threadIdx.x) % kWarpSize / kLanes; }
-};
-
-template <typename L>
-struct Shared {
-  alignas(16) float input[L::kGroup + 2][L::kDim];  // the queries, the new key, the new value
-  float2 rotation[L::kDim / 2];                     // cos, sin
-  alignas(16) float out[kMaxWarps][L::kOutputs];
-  float2 max_sum[kMaxWarps][L::kGroup];
-  // From each of the cluster's blocks, of the outputs that this block writes.
-  float cluster_out[L::kOutputs];
-  float2 cluster_max_sum[kMaxCluster][L::kGroup];
-  uint64_t barrier;  // counts the bytes of those
-};
+constexpr int kFewWarps = 4;    // find room beside two blocks of a projection
 
 // A lane's slots so far: for each query the slot group's maximum score, its sum of weights relative
 // to that, and the lane's part of the weighted sum of the values.
@@ -73,86 +28,6 @@ struct Attention {
   float query[L::kGroup][kElements];
   float max[L::kGroup], sum[L::kGroup], out[L::kGroup][kElements];
 };
-
-// Blocks a cluster, rounds over the query heads of a key head, such heads.
-struct Split {
-  int cluster, rounds, group, head_dim;
-};
-
-// What some blocks of a cluster do: how many, the first one's rank and this one's among them.
-struct Task {
-  int64_t sequence;
-  int kv_head, round, first_head, num_heads;
-  int blocks, first_rank, rank;
-};
-
-// exp2f without its care for results below 2^-126, which doubles its cost.
-__device__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Blocks of a cluster store into each other's shared memory, and the receiver's barrier counts the
-// bytes: a cluster-wide barrier would first wait for all that a block has under way.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ uint32_t shared_address(const void* ptr) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
-}
-// After cluster_arrive and cluster_wait, all blocks run and their barriers are ready.
-__device__ void cluster_arrive(uint64_t* barrier, int bytes) {
-  if (threadIdx.x == 0) {
-    asm volatile(
-        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-        "fence.mbarrier_init.release.cluster;\n"
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
-  }
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// To where `ptr` is in the block `rank`, counted by `barrier` there.
-__device__ void store_cluster(float* ptr, uint64_t* barrier, int rank, float value) {
-  asm volatile(
-      "{\n.reg .b32 to, counter;\n"
-      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [counter];\n}" ::
-          "r"(shared_address(ptr)),
-      "r"(shared_address(barrier)), "r"(rank), "f"(value)
-      : "memory");
-}
-__device__ void wait_stored(uint64_t* barrier) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(barrier))
-      : "memory");
-}
-#else
-__device__ void cluster_arrive(uint64_t*, int) {}
-__device__ void cluster_wait() {}
-__device__ void store_cluster(float*, uint64_t*, int, float) {}
-__device__ void wait_stored(uint64_t*) {}
-#endif
-
-template <typename L>
-__device__ Task find_task(const Split& split) {
-  const int item = blockIdx.x / split.cluster;
-  const int kv_head = item / split.rounds, round = item % split.rounds;
-  const int done = round * L::kGroup;
-  return {blockIdx.y,
-          kv_head,
-          round,
-          kv_head * split.group + done,
-          min(L::kGroup, split.group - done),
-          split.cluster,
-          0,
-          static_cast<int>(blockIdx.x % split.cluster)};
-}
 
 // A lane's part of a tile. Past the last slot and past a row's end it is that slot and that end
 // once more: whatever is read is attended to as well, and no load hangs on a condition, which costs
@@ -237,43 +112,6 @@ __device__ void attend(Attention<L>& a, float (&scores)[kSlots][L::kGroup],
   }
 }
 
-// q of the task's heads, the new k and the new v to shared memory, zero where there is none.
-template <typename L>
-__device__ void read_input(Shared<L>& shared, const DecodeAttention& p, const Task& task) {
-  constexpr int kWidth = 4;  // floats a copy
-  const float* input = p.qkv + task.sequence * p.qkv_stride;
-  for (int i = threadIdx.x * kWidth; i < (L::kGroup + 2) * L::kDim; i += blockDim.x * kWidth) {
-    const int row = i / L::kDim, column = i % L::kDim;
-    const int64_t offset = row < L::kGroup ? (task.first_head + row) * p.q_head_stride
-                                           : (row == L::kGroup ? p.k_offset : p.v_offset) +
-                                                 task.kv_head * p.kv_head_stride;
-    if (column < p.head_dim && (row < task.num_heads || row >= L::kGroup)) {
-      copy_async(&shared.input[row][column], input + offset + column);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) shared.input[row][column + j] = 0.f;
-    }
-  }
-  copy_async_commit();
-  copy_async_wait<0>();
-  __syncthreads();
-}
-
-// The queries and the new key, in place.
-template <typename L>
-__device__ void rotate_input(Shared<L>& shared, int half) {
-  for (int i = threadIdx.x; i < (L::kGroup + 1) * L::kDim / 2; i += blockDim.x) {
-    const int row = i / (L::kDim / 2), column = i % (L::kDim / 2);
-    if (column >= half) continue;
-    float* x = &shared.input[row][column];
-    const float first = x[0], second = x[half];
-    const float cos = shared.rotation[column].x, sin = shared.rotation[column].y;
-    x[0] = first * cos - second * sin;
-    x[half] = second * cos + first * sin;
-  }
-  __syncthreads();
-}
-
 // Nothing attended to yet; the scale of the scores is in the queries.
 template <typename L>
 __device__ void begin(Attention<L>& a, const Shared<L>& shared, float scale) {
@@ -350,75 +188,6 @@ __device__ void combine_warp(Shared<L>& shared, const Attention<L>& a, int warp)
   }
 }
 
-struct Output {
-  float max, sum, out;
-};
-
-// One output from `count` parts, each relative to its own maximum.
-template <typename L>
-__device__ Output combine(const float* out, int stride, const float2 (*max_sum)[L::kGroup],
-                          int head, int count) {
-  Output total = {kLowest, 0.f, 0.f};
-#pragma unroll 4
-  for (int s = 0; s < count; ++s) total.max = fmaxf(total.max, max_sum[s][head].x);
-#pragma unroll 4
-  for (int s = 0; s < count; ++s) {
-    const float shrink = fast_exp2(max_sum[s][head].x - total.max);
-    total.sum += shrink * max_sum[s][head].y;
-    total.out += shrink * out[s * stride];
-  }
-  return total;
-}
-
-template <typename L>
-__device__ void write_output(const DecodeAttention& p, const Task& task, int i, Output total) {
-  using T = typename L::Element;
-  const int head = i / L::kDim, column = i % L::kDim;
-  if (head >= task.num_heads || column >= p.head_dim) return;
-  const int64_t row = task.sequence * p.num_heads + task.first_head + head;
-  const Floats<1> y = {{total.out / total.sum}};
-  store(static_cast<T*>(p.out) + row * p.head_dim + column, Vec<T, 1>::from(y));
-}
-
-// What a block of the cluster is sent: of the outputs that it writes, and their heads.
-template <typename L>
-__device__ int cluster_bytes(int cluster) {
-  const int owned = L::kOutputs / cluster, heads = max(1, owned / L::kDim);
-  return cluster * (owned * int{sizeof(float)} + heads * int{sizeof(float2)});
-}
-
-// Combines the warps and, over a cluster, sends each output to the block that writes it.
-template <typename L>
-__device__ void finish(Shared<L>& shared, const DecodeAttention& p, const Task& task) {
-  const int num_warps = blockDim.x / kWarpSize, owned = L::kOutputs / task.blocks;
-  if (task.blocks > 1) cluster_wait();
-  for (int i = threadIdx.x; i < L::kOutputs; i += blockDim.x) {
-    const int head = i / L::kDim;
-    const Output part = combine<L>(&shared.out[0][i], L::kOutputs, shared.max_sum, head, num_warps);
-    if (task.blocks == 1) {
-      write_output<L>(p, task, i, part);
-      continue;
-    }
-    const int owner = i * task.blocks / L::kOutputs, place = i - owner * owned;
-    const auto send = [&](float* ptr, float value) {
-      store_cluster(ptr, &shared.barrier, task.first_rank + owner, value);
-    };
-    send(&shared.cluster_out[task.rank * owned + place], part.out);
-    if (place % L::kDim == 0) {
-      send(&shared.cluster_max_sum[task.rank][head].x, part.max);
-      send(&shared.cluster_max_sum[task.rank][head].y, part.sum);
-    }
-  }
-  if (task.blocks == 1) return;
-  wait_stored(&shared.barrier);
-  for (int place = threadIdx.x; place < owned; place += blockDim.x) {
-    const int i = task.rank * owned + place;
-    write_output<L>(p, task, i,
-                    combine<L>(&shared.cluster_out[place], owned, shared.cluster_max_sum,
-                               i / L::kDim, task.blocks));
-  }
-}
-
 template <typename L>
 __device__ void attend_task(Shared<L>& shared, const DecodeAttention& p, const Task& task,
                             int head_dim, int64_t length, int64_t start) {
@@ -427,10 +196,10 @@ __device__ void attend_task(Shared<L>& shared, const DecodeAttention& p, const T
   const int num_tiles = (num_slots + L::kTile - 1) / L::kTile;
   if (task.blocks > 1) cluster_arrive(&shared.barrier, cluster_bytes<L>(task.blocks));
 
-  T* keys = static_cast<T*>(p.key_cache) + task.sequence * p.key_batch_stride +
-            task.kv_head * p.key_head_stride + start * head_dim;
-  T* values = static_cast<T*>(p.value_cache) + task.sequence * p.value_batch_stride +
-              task.kv_head * p.value_head_stride + start * head_dim;
+  T* keys =
+      cache_of<T>(p.key_cache, p.key_batch_stride, p.key_head_stride, task) + start * head_dim;
+  T* values = cache_of<T>(p.value_cache, p.value_batch_stride, p.value_head_stride, task) +
+              start * head_dim;
   // By a shuffle, so that the compiler knows that all lanes have the same and branch as one.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
   const int num_warps = blockDim.x / kWarpSize, step = num_warps * task.blocks;
@@ -442,16 +211,7 @@ __device__ void attend_task(Shared<L>& shared, const DecodeAttention& p, const T
     load_tile<L>(key[b], keys, tile + b * step, num_slots, head_dim);
     load_tile<L>(value[b], values, tile + b * step, num_slots, head_dim);
   }
-  const int half = static_cast<int>(p.rotary_dim / 2);
-  for (int i = threadIdx.x; i < half; i += blockDim.x) {
-    float sin, cos;
-    sincosf(static_cast<float>(length - start) * load_before_wait(p.inv_freq + i), &sin, &cos);
-    shared.rotation[i] = {cos * p.rope_scale, sin * p.rope_scale};
-  }
-  pdl_wait();
-
-  read_input(shared, p, task);
-  if (half > 0) rotate_input(shared, half);
+  take_input(shared, p, task, length - start);
   Attention<L> a;
   begin(a, shared, p.scaling * kLog2e);
   if (tile == 0) {
@@ -517,20 +277,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
 template <typename T, int kLanes, int kGroup>
 void launch_layout(const DecodeAttention& p, void* stream) {
   using L = Layout<T, kLanes, kGroup>;
-  const DeviceInfo& device = device_info(kOp);
+  const DeviceInfo& device = device_info(kDecodeAttention);
   const int64_t group = p.num_heads / p.num_kv_heads, rounds = ceil_div(group, kGroup);
   const int64_t clusters = p.batch * p.num_kv_heads * rounds;
   const int warps = p.capacity > kLongCache ? kMaxWarps : kFewWarps;
-  // Up to two blocks a multiprocessor, and a tile for each warp.
-  const int max_cluster = device.major < 9 ? 1 : device.major == 9 ? kMaxCluster : kPortableCluster;
-  int cluster = 1;
-  while (2 * cluster <= max_cluster && cluster * clusters <= device.num_sms &&
-         cluster * warps * L::kTile < p.capacity) {
-    cluster *= 2;
-  }
+  const int cluster = cluster_for(device, p, clusters, warps * L::kTile);
   const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
                        static_cast<int>(p.head_dim)};
-  launch(kOp, decode_attention_kernel<L>,
+  launch(kDecodeAttention, decode_attention_kernel<L>,
          step_grid(p.num_kv_heads * rounds * cluster, p.batch, cluster), warps * kWarpSize, 0,
          stream, p, split);
 }
@@ -567,10 +321,11 @@ void check(const DecodeAttention& p, int element_size) {
 }  // namespace
 
 void decode_attention(const DecodeAttention& p, void* stream) {
-  dispatch_dtype(kOp, p.dtype, [&](auto tag) {
+  dispatch_dtype(kDecodeAttention, p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (p.batch == 0 || p.num_heads == 0) return;
     check(p, sizeof(T));
+    if (decode_attention_long<T>(p, stream)) return;
     if (p.head_dim <= 64) return launch_group<T, 8>(p, stream);
     if (p.head_dim <= 128) return launch_group<T, 16>(p, stream);
     launch_group<T, 32>(p, stream);

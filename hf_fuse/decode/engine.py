@@ -135,9 +135,14 @@ class DecodeEngine:
     def end(self) -> None:
         """After the last token: what would have delayed the first."""
         padded, self._uncaptured = self._uncaptured, None
-        if padded is not None:
-            prompt, no_padding = self._prompt[:, :padded], torch.zeros(self.batch)
+        if padded is None:
+            return
+        prompt, no_padding = self._prompt[:, :padded], torch.zeros(self.batch)
+        try:
             self._prompts[padded] = self._capture(lambda: self._run_prompt(prompt, no_padding))
+        except RuntimeError as error:  # then the next prompt is launched again
+            if not out_of_memory(error):
+                raise
 
     def _padded_length(self, length: int) -> int | None:
         """A power of two for a prompt that is run as a graph, else None."""
@@ -283,6 +288,11 @@ class DecodeEngine:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch or CUDA raised it for want of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _middle_rows(layer: LayerSpec) -> int:

@@ -35,7 +35,7 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
-from hf_fuse.decode.engine import DecodeEngine
+from hf_fuse.decode.engine import DecodeEngine, out_of_memory
 from hf_fuse.decode.sampling import selection_of
 from hf_fuse.decode.spec import DecoderSpec, Unsuited, refuse_hooks, store_as_before
 from hf_fuse.modules import state_of, step_aside
@@ -199,7 +199,7 @@ class Call:
             self._begin(kept.engine)
         except RuntimeError as error:
             kept.engine = None
-            if not (isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)):
+            if not out_of_memory(error):
                 raise
             raise Unsuited("no memory for the engine") from error
         return kept.engine

@@ -204,9 +204,10 @@ void decode_embed(Tensor residual, Tensor token, Tensor table, OptionalTensor po
   hf_fuse::decode_embed(p, stream_of(table));
 }
 
-void decode_select(Tensor token, Tensor finished, Tensor history, Tensor length, Tensor step,
-                   Tensor workspace, Tensor logits, Tensor eos, int64_t pad, int64_t min_step) {
-  const char* op = "decode_select";
+DecodeSelect checked_select(const char* op, const Tensor& token, const Tensor& finished,
+                            const Tensor& history, const Tensor& length, const Tensor& step,
+                            const Tensor& workspace, const Tensor& logits, const Tensor& eos,
+                            int64_t pad, int64_t min_step) {
   DecodeSelect p{};
   if (logits.dim() != 2 || logits.size(1) < 1)
     fail(op, ": logits must be [batch, vocab], got ", shape_of(logits));
@@ -232,10 +233,49 @@ void decode_select(Tensor token, Tensor finished, Tensor history, Tensor length,
   p.logits = static_cast<const float*>(logits.data_ptr()), p.eos = int64_of(eos);
   p.token = int64_of(token), p.finished = int64_of(finished), p.history = int64_of(history);
   p.length = int64_of(length), p.step = int64_of(step), p.workspace = workspace.data_ptr();
+  return p;
+}
+
+void decode_select(Tensor token, Tensor finished, Tensor history, Tensor length, Tensor step,
+                   Tensor workspace, Tensor logits, Tensor eos, int64_t pad, int64_t min_step) {
+  const DecodeSelect p = checked_select("decode_select", token, finished, history, length, step,
+                                        workspace, logits, eos, pad, min_step);
   if (p.batch == 0) return;
   DeviceGuard guard(logits);
   hf_fuse::decode_select(p, stream_of(logits));
 }
+
+#ifdef HF_FUSE_CUDA
+void decode_sample(Tensor token, Tensor finished, Tensor history, Tensor length, Tensor step,
+                   Tensor workspace, OptionalTensor seen, Tensor logits, OptionalTensor noise,
+                   Tensor filters, Tensor eos, int64_t pad, int64_t min_step) {
+  const char* op = "decode_sample";
+  DecodeSample p{};
+  p.select = checked_select(op, token, finished, history, length, step, workspace, logits, eos, pad,
+                            min_step);
+  if (noise) {
+    check_same_shape(op, "noise", *noise, "logits", logits);
+    check_matrix(op, "noise", *noise, p.select.batch, p.select.vocab);
+    p.noise = static_cast<const float*>(noise->data_ptr());
+  }
+  if (seen) {
+    if (seen->scalar_type() != ScalarType::Byte)
+      fail(op, ": seen must be uint8, got ", name_of(seen->scalar_type()));
+    check_matrix(op, "seen", *seen, p.select.batch, p.select.vocab);
+    check_device(op, "seen", *seen, "logits", logits);
+    p.seen = static_cast<uint8_t*>(seen->data_ptr());
+  }
+  if (filters.scalar_type() != ScalarType::Double || filters.numel() != 5 ||
+      !filters.is_contiguous())
+    fail(op, ": filters must be 5 float64 in a row, got ", name_of(filters.scalar_type()), " ",
+         shape_of(filters));
+  check_device(op, "filters", filters, "logits", logits);
+  p.filters = static_cast<const double*>(filters.data_ptr());
+  if (p.select.batch == 0) return;
+  DeviceGuard guard(logits);
+  hf_fuse::decode_sample(p, stream_of(logits));
+}
+#endif
 
 }  // namespace bindings
 }  // namespace hf_fuse
@@ -266,6 +306,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
       "decode_select(Tensor(a!) token, Tensor(b!) finished, Tensor(c!) history, Tensor(d!) length, "
       "Tensor(e!) step, Tensor(f!) workspace, Tensor logits, Tensor eos, int pad, int min_step=0) "
       "-> ()");
+  // the same with the first of the largest exp(score) / noise among the scores that filters keep
+  m.def(
+      "decode_sample(Tensor(a!) token, Tensor(b!) finished, Tensor(c!) history, Tensor(d!) length, "
+      "Tensor(e!) step, Tensor(f!) workspace, Tensor(g!)? seen, Tensor logits, Tensor? noise, "
+      "Tensor filters, Tensor eos, int pad, int min_step=0) -> ()");
 }
 #define HF_FUSE_KEY CPU
 #else
@@ -278,4 +323,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fuse, HF_FUSE_KEY, m) {
   m.impl("decode_attention", TORCH_BOX(&hf_fuse::bindings::decode_attention));
   m.impl("decode_embed", TORCH_BOX(&hf_fuse::bindings::decode_embed));
   m.impl("decode_select", TORCH_BOX(&hf_fuse::bindings::decode_select));
+#ifdef HF_FUSE_CUDA
+  m.impl("decode_sample", TORCH_BOX(&hf_fuse::bindings::decode_sample));
+#endif
 }

@@ -3,6 +3,7 @@
 Both variants decode the same prompt greedily for the same number of tokens, in turns (A B A B),
 each turn after a warm-up of the same shape, so that a machine that slows down or speeds up does so
 for both. Tokens are compared in every turn: a speed means nothing before `identical` is true.
+The patched model can take a turn that samples beside its greedy one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import hf_fuse
 from hf_fuse import Report
 from hf_fuse.eval.environment import evaluating, peak_memory_bytes, reset_peak_memory, synchronize
 from hf_fuse.ops._library import kernels
+
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class DecodeResult:
     patched: Timing
     report: Report
     static_compile: Timing | None = None  # transformers' static cache and torch.compile
+    sampled: Timing | None = None  # patched, with SAMPLING
     floor_ms: float | None = None  # the bytes of a step at the measured read bandwidth
 
     @property
@@ -90,6 +94,7 @@ def evaluate_decode(
     repeats: int = 3,
     progress: bool = True,
     static_compile: bool = False,
+    sample: bool = False,
     read_bandwidth: float | None = None,
     **patch_options: Any,
 ) -> DecodeResult:
@@ -103,6 +108,7 @@ def evaluate_decode(
         progress: show a progress bar.
         static_compile: also time the unpatched model with `cache_implementation="static"`, which
             transformers compiles on a GPU (the first call takes up to a minute).
+        sample: also time the patched model with `SAMPLING`.
         read_bandwidth: bytes a second, for `floor_ms`; see `read_bandwidth`.
         patch_options: passed to `hf_fuse.patched`.
 
@@ -111,7 +117,7 @@ def evaluate_decode(
     """
     _check(model, input_ids, new_tokens, repeats)
     options = {"verify": False, **patch_options}  # the tokens are compared below
-    unpatched, patched, compiled = _Variant(), _Variant(), _Variant()
+    unpatched, patched, compiled, sampled = (_Variant() for _ in range(4))
     with evaluating(model):
         for _ in _progress(range(repeats), progress):
             unpatched.take_turn(model, input_ids, new_tokens)
@@ -119,6 +125,8 @@ def evaluate_decode(
                 compiled.take_turn(model, input_ids, new_tokens, cache_implementation="static")
             with hf_fuse.patched(model, **options):
                 patched.take_turn(model, input_ids, new_tokens)
+                if sample:
+                    sampled.take_turn(model, input_ids, new_tokens, **SAMPLING)
                 report = hf_fuse.report(model)
     mismatches = (
         first_mismatch(a, b) for a, b in zip(unpatched.tokens, patched.tokens, strict=True)
@@ -135,6 +143,7 @@ def evaluate_decode(
         patched=patched.timing(),
         report=report,
         static_compile=compiled.timing() if static_compile else None,
+        sampled=sampled.timing() if sample else None,
         floor_ms=None
         if read_bandwidth is None
         else 1e3 * step_bytes(model, input_ids.shape, new_tokens) / read_bandwidth,
@@ -265,13 +274,12 @@ def _generate(
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
-        do_sample=False,
         num_beams=1,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         pad_token_id=_pad_token_id(model),
         streamer=streamer,
-        **options,
+        **{"do_sample": False, **options},
     )
     return output[:, input_ids.shape[1] :].cpu()
 

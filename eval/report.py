@@ -64,6 +64,8 @@ def decode_table(result: DecodeResult) -> str:
     rows = [_timing_row("unpatched", result.unpatched), _timing_row("patched", result.patched)]
     if result.static_compile:
         rows.insert(1, _timing_row("static cache, compiled", result.static_compile))
+    if result.sampled:
+        rows.append(_timing_row("patched, sampling", result.sampled))
     headers = ["variant", "TTFT ms", "TPOT p10 ms", "p50", "p90", "tokens/s", "peak MiB"]
     return "\n".join([
         f"greedy tokens identical: {identical(result)}",
@@ -79,7 +81,9 @@ def decode_table(result: DecodeResult) -> str:
 
 def sweep_table(results: Sequence[DecodeResult]) -> str:
     """A line for each batch size and prompt length: median TPOT of every variant, tokens/s."""
-    headers = ["batch", "prompt", "unpatched ms", "compiled", "patched", "floor", "×", "tokens/s"]
+    sampled = ["sampled"] if any(r.sampled for r in results) else []
+    headers = ["batch", "prompt", "unpatched ms", "compiled", "patched", *sampled]
+    headers += ["floor", "×", "tokens/s"]
     rows = [
         [
             str(r.batch_size),
@@ -87,6 +91,7 @@ def sweep_table(results: Sequence[DecodeResult]) -> str:
             f"{r.unpatched.tpot_ms.p50:.3f}",
             f"{r.static_compile.tpot_ms.p50:.3f}" if r.static_compile else "",
             f"{r.patched.tpot_ms.p50:.3f}",
+            *([f"{r.sampled.tpot_ms.p50:.3f}"] if r.sampled else []),
             f"{r.floor_ms:.3f}" if r.floor_ms else "",
             f"{r.speedup:.2f}",
             f"{1e3 * r.batch_size / r.patched.tpot_ms.p50:.0f}",

@@ -93,6 +93,7 @@ def _tpot(arguments: argparse.Namespace) -> int:
                 new_tokens=arguments.new_tokens,
                 repeats=arguments.repeats,
                 static_compile=arguments.compiled,
+                sample=arguments.sample,
                 read_bandwidth=bandwidth,
                 **options,
             )
@@ -189,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     tpot.add_argument(
         "--compiled", action="store_true", help="also transformers' static cache, compiled (GPU)"
     )
+    tpot.add_argument(
+        "--sample", action="store_true",
+        help="also the patched model with temperature 0.8, top-k 50, top-p 0.95",
+    )  # fmt: skip
 
     demo = _command(commands, "demo", _demo, "both, over the three tiny models, in one table")
     _run_options(demo, dtype="float32", json="results/demo.json", png="results/demo.png")

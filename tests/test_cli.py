@@ -90,7 +90,7 @@ def test_tpot_says_whether_tokens_are_identical_before_any_speed(tmp_path, capsy
     saved = tmp_path / "tpot.json"
 
     rows = ["--prompt-length", "40", "--new-tokens", "6", "--batch-size", "2", "--repeats", "1"]
-    options = ["--dtype", "float32", "--json", str(saved)]
+    options = ["--dtype", "float32", "--json", str(saved), "--sample"]
 
     code = cli.main(["tpot", "tiny-gpt_neox", *rows, *options, *FAST])
 
@@ -100,6 +100,8 @@ def test_tpot_says_whether_tokens_are_identical_before_any_speed(tmp_path, capsy
     assert printed.index("greedy tokens identical: yes") < printed.index("TPOT")
     assert (result["identical"], result["batch_size"], result["prompt_length"]) == (True, 2, 40)
     assert len(result["patched"]["tpot_samples_ms"]) == 5
+    assert len(result["sampled"]["tpot_samples_ms"]) == 5
+    assert "patched, sampling" in printed
     assert f"{result['speedup']:.2f}×" in printed
 
 

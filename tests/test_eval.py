@@ -219,6 +219,30 @@ def test_decode_compares_tokens_and_times_each(random_model, ids):
     assert result.speedup == pytest.approx(ratio)
 
 
+def test_decode_times_sampling_beside_greedy(random_model, ids, monkeypatch):
+    seen = []
+    original = type(random_model).generate
+
+    def generate(model, **arguments):
+        seen.append((hf_fuse.is_patched(model), arguments["do_sample"], arguments.get("top_k")))
+        return original(model, **arguments)
+
+    monkeypatch.setattr(type(random_model), "generate", generate)
+
+    result = decode.evaluate_decode(
+        random_model, ids[None, :9], new_tokens=7, repeats=2, progress=False, sample=True
+    )
+
+    turn = [(False, False, None), (True, False, None), (True, True, 50)]
+    assert seen == 2 * [call for call in turn for _ in range(2)]  # after a warm-up each
+    assert result.identical
+    assert result.sampled is not None
+    assert len(result.sampled.tpot_samples_ms) == 2 * 6
+    assert result.to_dict()["sampled"]["tpot_ms"]["p50"] == result.sampled.tpot_ms.p50
+    assert "patched, sampling" in report.decode_table(result)
+    assert "sampled" in report.sweep_table([result, result])
+
+
 def test_decode_reports_where_tokens_part(random_model, ids, monkeypatch):
     turns = iter([0, 0, 1, 1])  # unpatched warm-up and turn, then patched
     original = decode._generate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -35,10 +36,12 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_fuse
 from hf_fuse.decode.loop import engine_of
+from hf_fuse.decode.sampling import selection_of
 from hf_fuse.eval.loading import load_model
 from hf_fuse.modules import state_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+NAN = float("nan")
 
 
 def steps_taken(model: nn.Module) -> int:
@@ -247,15 +250,29 @@ class AfterFour:
         return torch.full((len(input_ids),), input_ids.shape[1] >= 10, device=input_ids.device)
 
 
-HOST_SELECTED: dict[str, dict[str, Any]] = {
+# What a GPU selects on the device; a CPU leaves it to transformers' processors.
+DEVICE_SELECTED: dict[str, dict[str, Any]] = {
+    "no filter": {"do_sample": True, "top_k": 0},
     "temperature": {"do_sample": True, "temperature": 0.7},
     "top_k": {"do_sample": True, "top_k": 7},
     "top_p": {"do_sample": True, "top_p": 0.8},
     "min_p": {"do_sample": True, "min_p": 0.05},
     "all": {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.9},
     "repetition_penalty": {"repetition_penalty": 1.3},
-    "no_repeat_ngram": {"no_repeat_ngram_size": 2},
+    "a penalty and all": {
+        "do_sample": True,
+        "repetition_penalty": 1.3,
+        "min_new_tokens": 5,
+        "temperature": 0.9,
+        "top_k": 30,
+        "top_p": 0.95,
+        "min_p": 0.02,
+    },
     "several": {"do_sample": True, "num_return_sequences": 3},
+}
+HOST_SELECTED: dict[str, dict[str, Any]] = {
+    "no_repeat_ngram": {"no_repeat_ngram_size": 2},
+    "sampling and no_repeat_ngram": {"do_sample": True, "no_repeat_ngram_size": 2},
     "a logits processor": {"logits_processor": LogitsProcessorList([Shift()])},
     "a stopping criterion": {"stopping_criteria": StoppingCriteriaList([AfterFour()])},
     "scores": {
@@ -268,28 +285,122 @@ HOST_SELECTED: dict[str, dict[str, Any]] = {
 }
 
 
+def with_a_seed(model: PreTrainedModel, *calls: dict[str, Any]) -> tuple[Any, Counter[str]]:
+    """What the calls return one after another, patched and unpatched: the same tokens, and the
+    generator left in the same state. Returns them and the ops of the patched calls.
+    """
+    found, drawn = [], []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model, verify=False)
+        torch.manual_seed(5)
+        with count_ops() as ops:
+            found.append([model.generate(**{**GREEDY, **call}) for call in calls])
+        drawn.append(torch.rand(3, device=model.device).tolist())
+    tokens = [[x if isinstance(x, Tensor) else x.sequences for x in each] for each in found]
+    assert [t.tolist() for t in tokens[1]] == [t.tolist() for t in tokens[0]]
+    assert drawn[1] == drawn[0]
+    assert left_to_transformers(model) == []
+    return found, ops
+
+
+def assert_selected(ops: Counter[str], on_device: bool, sampled: bool = True) -> None:
+    assert (ops["hf_fuse::decode_sample"] > 0) == on_device
+    assert (ops["aten::multinomial"] > 0) == (sampled and not on_device)
+
+
 @cases(PLAIN)
-@pytest.mark.parametrize("what", HOST_SELECTED)
+@pytest.mark.parametrize("what", [*DEVICE_SELECTED, *HOST_SELECTED])
 def test_sampling_and_processors_give_transformers_tokens(
     case: Case, what: str, device: str
 ) -> None:
     model = heads_of_16(case).build(device=device)
     inputs = padded(tokens_for(model, 2, 6), "left")
-    arguments = {**GREEDY, "max_new_tokens": 20, **inputs, **HOST_SELECTED[what]}
-    found = []
-    for patch in (False, True):
-        if patch:
-            hf_fuse.patch(model, verify=False)
-        torch.manual_seed(5)
-        found.append(model.generate(**arguments))
-    expected, actual = (x if isinstance(x, Tensor) else x.sequences for x in found)
-    assert actual.tolist() == expected.tolist()
-    assert left_to_transformers(model) == []
-    assert steps_taken(model) == actual.shape[1] - 6 - 1  # the last token is not put
+    options = {**DEVICE_SELECTED, **HOST_SELECTED}[what]
+    found, ops = with_a_seed(model, {"max_new_tokens": 20, **inputs, **options})
+    on_device = device == "cuda" and what in DEVICE_SELECTED
+    assert_selected(ops, on_device, options.get("do_sample", False))
+    sequences = found[1][0] if isinstance(found[1][0], Tensor) else found[1][0].sequences
+    new = sequences.shape[1] - 6
+    assert steps_taken(model) == (new if on_device else new - 1)  # the last token is not put
     if what == "scores":
         for name in ("scores", "logits"):
-            pair = [torch.stack(getattr(x, name)) for x in found]
+            pair = [torch.stack(getattr(x, name)) for (x,) in found]
             torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+@cases(PLAIN)
+@pytest.mark.parametrize("batch", [1, 3, 12])
+def test_sampled_sequences_end_and_the_next_call_draws_on(
+    case: Case, batch: int, device: str
+) -> None:
+    model = heads_of_16(case).build(device=device)
+    inputs = padded(tokens_for(model, batch, 40), "left")
+    call = {"max_new_tokens": 30, "do_sample": True, "temperature": 0.9, **inputs}
+    torch.manual_seed(5)
+    free = model.generate(**{**GREEDY, **call})[:, 40:]
+    eos = free[torch.arange(batch), torch.arange(batch) % 5 + 2].unique().tolist()
+    call["eos_token_id"] = eos
+    other = {**call, "temperature": 1.4, "top_k": 20, "repetition_penalty": 1.1}
+    (_, actual), ops = with_a_seed(model, call, other, call)
+    assert_selected(ops, device == "cuda")
+    assert actual[0].shape[1] < 40 + 30
+
+
+@pytest.mark.parametrize("what", DEVICE_SELECTED)
+def test_the_path_of_the_device_in_plain_torch(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has no kernel for it, but the loop, the engine and the op's reference run there."""
+
+    def as_on_a_gpu(*arguments: Any) -> Any:
+        return selection_of(*arguments[:-1], torch.device("cuda"))
+
+    monkeypatch.setattr("hf_fuse.decode.loop.selection_of", as_on_a_gpu)
+    model = heads_of_16(LLAMA).build(device="cpu")
+    inputs = padded(tokens_for(model, 2, 6), "left")
+    call = {"max_new_tokens": 20, **inputs, **DEVICE_SELECTED[what]}
+    found, ops = with_a_seed(model, call, call)
+    assert steps_taken(model) == found[1][1].shape[1] - 6
+    assert ops["aten::multinomial"] == 0
+    assert (ops["aten::exponential_"] > 0) == DEVICE_SELECTED[what].get("do_sample", False)
+
+
+@pytest.mark.cuda
+def test_other_filters_need_no_other_graph() -> None:
+    model = heads_of_16(LLAMA).build(device="cuda")
+    call = {"input_ids": tokens_for(model, 1, 8), "max_new_tokens": 12, "do_sample": True}
+    others = {"repetition_penalty", "num_return_sequences"}  # which need other buffers
+    calls = [{**call, **options} for options in DEVICE_SELECTED.values() if not others & {*options}]
+    _, ops = with_a_seed(model, *calls)
+    # Each call's first selection; a graph's trial run and its capture.
+    assert ops["hf_fuse::decode_sample"] == len(calls) + 2
+
+
+@pytest.mark.cuda
+def test_greedy_and_sampled_calls_in_turns() -> None:
+    model = heads_of_16(LLAMA).build(device="cuda")
+    greedy = {"input_ids": tokens_for(model, 2, 8), "max_new_tokens": 12}
+    sampled = {**greedy, "do_sample": True}
+    found, _ = with_a_seed(model, greedy, sampled, {**greedy, "no_repeat_ngram_size": 2}, sampled)
+    _, actual = found
+    assert actual[1].tolist() != actual[3].tolist()
+    assert actual[0].tolist() == model.generate(**{**GREEDY, **greedy}).tolist()
+
+
+@pytest.mark.cuda
+def test_sampling_from_nan_raises_as_multinomial_does() -> None:
+    model = heads_of_16(LLAMA).build(device="cuda")
+    hf_fuse.patch(model, verify=False)
+    arguments = {"input_ids": tokens_for(model, 1, 8), "max_new_tokens": 6, "pad_token_id": 0}
+    expected = model.generate(**arguments, do_sample=False).tolist()
+    weight = model.lm_head.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(NAN)
+    with pytest.raises(RuntimeError, match="probability tensor contains either"):
+        model.generate(**arguments, do_sample=True)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert model.generate(**arguments, do_sample=False).tolist() == expected
 
 
 ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
@@ -357,6 +468,20 @@ def test_weights_that_change_between_calls_are_seen(case: Case, device: str) -> 
             setattr(model.get_submodule(owner), attribute, nn.Parameter(new.detach().clone()))
     model.tie_weights()
     assert model.generate(**arguments).tolist() == expected.tolist() != before.tolist()
+
+
+def test_inference_mode_and_then_without(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    arguments = {**GREEDY, "input_ids": tokens_for(model, 2, 6), "max_new_tokens": 9}
+    hf_fuse.patch(model, verify=False)
+    for options in ({}, {"do_sample": True}, {"repetition_penalty": 1.2}):
+        found = []
+        for inference in (True, False):
+            torch.manual_seed(5)
+            with torch.inference_mode(inference):
+                found.append(model.generate(**{**arguments, **options}).tolist())
+        assert found[0] == found[1]
+    assert left_to_transformers(model) == []
 
 
 def test_longer_calls_and_other_batches_make_the_engine_anew(device: str) -> None:

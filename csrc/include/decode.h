@@ -92,4 +92,19 @@ struct DecodeSelect {
 int64_t decode_select_workspace_size(int64_t batch);
 void decode_select(const DecodeSelect& p, void* stream);
 
+// The same from the scores that filters make of the logits, by transformers' rules and in its
+// order: the penalty for tokens in `seen` (score * penalty below 0, score / penalty above), the
+// least length, then score / temperature, then the top_k largest (equal ones too), of those the
+// largest that reach the part top_p of the probability, of those the ones of at least min_p times
+// the largest one's. Then the first of the largest exp(score) / noise; without noise, of the
+// largest scores. -1 where the scores are not a distribution: NaN, or the largest is infinite. On
+// CUDA only.
+struct DecodeSample {
+  DecodeSelect select;
+  const float* noise;     // [batch, vocab], exponentially distributed, or null
+  uint8_t* seen;          // [batch, vocab], or null; the token becomes seen
+  const double* filters;  // penalty, temperature, top_k or 0, top_p, min_p; on the device
+};
+void decode_sample(const DecodeSample& p, void* stream);
+
 }  // namespace hf_fuse

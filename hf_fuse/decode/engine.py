@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_fuse import ops
 from hf_fuse.decode.prefill import prefill
 from hf_fuse.decode.projection import project, project_two
+from hf_fuse.decode.sampling import Sampler, Selection
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec
 from hf_fuse.ops.decode_select import workspace
 
@@ -38,14 +39,19 @@ class DecodeEngine:
         self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
         self.fingerprint = spec.fingerprint()
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
-        # The step with the selection and without, and what it has taken as constants.
-        self._graphs: dict[bool, tuple[tuple, torch.cuda.CUDAGraph]] = {}
+        # The step with the selection, and by what, or without; what it has taken as constants, and
+        # the eos that it reads.
+        self._graphs: dict[
+            tuple[bool, Sampler | None], tuple[torch.cuda.CUDAGraph, tuple, Tensor]
+        ] = {}
         self._ending: tuple = ()
         if self.device.type == "cuda":  # of all graphs: what they leave lies in other memory
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(self.device)
         self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by padded length
         self._uncaptured: int | None = None  # the padded length of the last prompt, if not there
+        self._samplers: dict[tuple[bool, bool], Sampler] = {}
+        self.sampler: Sampler | None = None  # without one, tokens are the largest logits'
 
         cache = (batch, spec.num_kv_heads, self.capacity, spec.head_dim)
         self.keys = [self._empty(*cache, dtype=self.dtype) for _ in spec.layers]
@@ -88,16 +94,28 @@ class DecodeEngine:
         for state in (self.token, self.finished, self.start, self.step):
             state.zero_()
         self.length.fill_(-1)  # `select` and `put` move on to the slot of the token they take
+        self.sampler = None
+
+    def draw_by(self, selection: Selection, ids: Tensor) -> None:
+        """After `begin`: tokens are drawn, or penalised, as `selection` says, after the prompts
+        `ids`. What it filters by lies on the device, so another value needs no other graph.
+        """
+        kind = (selection.draws, selection.penalises)
+        if kind not in self._samplers:
+            with torch.inference_mode(False):  # as the engine itself
+                self._samplers[kind] = Sampler(self.logits, *kind)
+        self.sampler = self._samplers[kind]
+        self.sampler.begin(selection, ids)
 
     def prepare(self, select: bool) -> None:
         """Between `begin` and the prompt: capture the step, if that is still to be done, so that
         the memory it takes is taken now.
         """
-        constants = self._ending if select else ()
-        captured = self._graphs.get(select)
-        if self.device.type == "cuda" and (captured is None or captured[0] != constants):
+        constants, kind = self._ending if select else (), (select, self.sampler)
+        captured = self._graphs.get(kind)
+        if self.device.type == "cuda" and (captured is None or captured[1] != constants):
             # The one it replaces is freed after it: the graphs' pool must not be without any.
-            self._graphs[select] = constants, self._capture_step(select)
+            self._graphs[kind] = self._capture_step(select), constants, self.eos
 
     def prefill(self, input_ids: Tensor, start: Tensor) -> None:
         """Run the prompt `input_ids` [batch, length], of which start[b] are padding."""
@@ -160,11 +178,24 @@ class DecodeEngine:
 
     def select(self) -> None:
         """Take the next token from the logits of the prompt or of the last step."""
-        ops.decode_select(
-            self.token, self.finished, self.history, self.length, self.step,
-            self._select_scratch, self.logits, self.eos, self.pad, self.min_step,
-            backend=self.backend,
-        )  # fmt: skip
+        self._draw()
+        self._select()
+
+    def _draw(self) -> None:
+        if self.sampler:
+            self.sampler.draw()
+
+    def _select(self) -> None:
+        state = (self.token, self.finished, self.history, self.length, self.step)
+        end = (self.eos, self.pad, self.min_step)
+        sampler, scratch, backend = self.sampler, self._select_scratch, self.backend
+        if sampler is None:
+            ops.decode_select(*state, scratch, self.logits, *end, backend=backend)
+        else:
+            ops.decode_sample(
+                *state, scratch, sampler.seen, self.logits, sampler.noise, sampler.filters, *end,
+                backend=backend,
+            )  # fmt: skip
 
     def put(self, token: Tensor) -> None:
         """Take the next token from the caller, in place of `select`."""
@@ -179,10 +210,12 @@ class DecodeEngine:
         if self.device.type != "cuda":
             self._run(select)
             return
-        self._graphs[select][1].replay()
+        self._graphs[select, self.sampler][0].replay()
 
     def _run(self, select: bool) -> None:
         spec, backend = self.spec, self.backend
+        if select:  # first: the kernels from here on overlap, torch's with none
+            self._draw()
         ops.decode_embed(
             self._residual, self.token, spec.embedding, spec.positions, self.length, self.start,
             backend=backend,
@@ -191,7 +224,7 @@ class DecodeEngine:
             self._layer(layer, self.keys[index], self.values[index])
         project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=backend)
         if select:
-            self.select()
+            self._select()
 
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
         spec, residual, backend = self.spec, self._residual, self.backend
@@ -227,11 +260,16 @@ class DecodeEngine:
         """The step as a graph. It runs once uncaptured, on the first slot, to build what is built
         once; then the state is that of `begin` again.
         """
+        sampler = self.sampler
+        seen = sampler.seen.clone() if sampler and sampler.seen is not None else None
+        drawn = sampler.generator_state() if sampler else None
         self.length.zero_()
         self._run(select)
         for state in (self.token, self.finished, self.step):
             state.zero_()
         self.length.fill_(-1)
+        if sampler:
+            sampler.put_back(seen, drawn)
         return self._capture(lambda: self._run(select))
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -27,11 +27,7 @@ from transformers.cache_utils import (
     StaticCache,
     StaticLayer,
 )
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-)
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -40,6 +36,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from hf_fuse.decode.engine import DecodeEngine, out_of_memory
+from hf_fuse.decode.sampling import selection_of
 from hf_fuse.decode.spec import DecoderSpec, Unsuited, refuse_hooks, store_as_before
 from hf_fuse.modules import state_of, step_aside
 from hf_fuse.ops._library import kernels
@@ -146,22 +143,14 @@ class Call:
                 self.own_criteria = True
 
     def take_processors(self, processors: Any) -> None:
-        """Whether the device selects the tokens: the most likely ones, of sequences that may have a
-        least length. For anything else transformers' own processors do, on the engine's logits.
+        """Whether the device selects the tokens. Where it does not, transformers' own processors
+        do, on the engine's logits.
         """
-        self.processors, self.min_step = processors, 0
-        self.selects_on_device = not (self.config.do_sample or self.own_criteria)
-        for processor in processors:
-            if type(processor) is MinNewTokensLengthLogitsProcessor:
-                least = processor.min_new_tokens
-            elif type(processor) is MinLengthLogitsProcessor:
-                least = processor.min_length - self.prompt
-            else:
-                self.selects_on_device = False
-                continue
-            same_eos = sorted(processor.eos_token_id.flatten().tolist()) == sorted(self.eos)
-            self.selects_on_device &= same_eos and not self.config.output_scores
-            self.min_step = max(self.min_step, least)
+        self.processors = processors
+        device = self.input_ids.device
+        self.selection = None
+        if not self.own_criteria:
+            self.selection = selection_of(processors, self.config, self.eos, self.prompt, device)
 
     def check(self, synced_gpus: bool) -> None:
         """Raise Unsuited for what only transformers' loop does."""
@@ -205,16 +194,23 @@ class Call:
             if kept.engine is None or not kept.engine.serves(spec, self.batch, self.max_length):
                 kept.engine = None  # the old one's memory first
                 backend = state_of(self.model).backend
-                kept.engine = DecodeEngine(spec, self.batch, self.max_length, backend)
-            kept.engine.begin(self.eos, self._pad(), self.min_step)
-            if self.steps > 1:
-                kept.engine.prepare(self.selects_on_device)
+                with torch.inference_mode(False):  # later calls may be outside of it
+                    kept.engine = DecodeEngine(spec, self.batch, self.max_length, backend)
+            self._begin(kept.engine)
         except RuntimeError as error:
             kept.engine = None
             if not out_of_memory(error):
                 raise
             raise Unsuited("no memory for the engine") from error
         return kept.engine
+
+    def _begin(self, engine: DecodeEngine) -> None:
+        selection = self.selection
+        engine.begin(self.eos, self._pad(), selection.min_step if selection else 0)
+        if selection and (selection.draws or selection.penalises):
+            engine.draw_by(selection, self.input_ids)
+        if self.steps > 1:
+            engine.prepare(selection is not None)
 
     def _check_positions(self) -> None:
         """Raise Unsuited unless each sequence's positions count from its first token."""
@@ -233,7 +229,7 @@ class Call:
         tokens: list[Tensor] = []
         with torch.no_grad():
             held = self._prefill(engine, cache)
-            rows = self._rows if self.selects_on_device else self._rows_selected_here
+            rows = self._rows if self.selection else self._rows_selected_here
             for row in rows(engine, kept):
                 tokens.append(row)
                 if streamer is not None:
@@ -276,21 +272,27 @@ class Call:
         ended = torch.zeros(self.batch, dtype=torch.bool)
         eos = torch.tensor(self.eos)
         wait = _Behind(engine.device)
+        sampler = engine.sampler
         engine.select()
         for step in range(self.steps):
             if self._keeps_logits():
                 logits = engine.logits.clone()
             wait.mark()
             ahead = wait.ahead and step + 1 < self.steps
+            drawn = sampler.generator_state() if sampler and ahead else None
             if ahead:
                 engine.advance()
             wait.reach()
             if self._keeps_logits():
                 kept.add(logits, logits)
             row = engine.history[step].clone()
+            if sampler and bool(((row < 0) & ~ended).any()):  # torch.multinomial's own words
+                raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
             yield row
             ended |= torch.isin(row, eos)
             if bool(ended.all()) or any(time.time() > d for d in self.deadlines):
+                if sampler:  # the step ahead is forgotten, and what it drew
+                    sampler.set_generator_state(drawn)
                 return
             if not ahead and step + 1 < self.steps:
                 engine.advance()

@@ -7,6 +7,7 @@ from hf_fuse.ops.bias_act import bias_act
 from hf_fuse.ops.decode_attention import decode_attention
 from hf_fuse.ops.decode_embed import decode_embed
 from hf_fuse.ops.decode_linear import decode_linear, decode_linear_two
+from hf_fuse.ops.decode_sample import decode_sample
 from hf_fuse.ops.decode_select import decode_select
 from hf_fuse.ops.gated_act import gated_act
 from hf_fuse.ops.rotary import rotary, rotary_, rotary_cache_
@@ -22,6 +23,7 @@ __all__ = [
     "decode_embed",
     "decode_linear",
     "decode_linear_two",
+    "decode_sample",
     "decode_select",
     "gated_act",
     "rotary",

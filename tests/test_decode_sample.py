@@ -102,7 +102,7 @@ class Sample:
         assert (written["length"].item(), written["step"].item()) == (18, self.step + 1)
         assert self.noise is not None
         finished = self.finished or [0] * len(self.logits)
-        rows = zip(self.scores().cpu(), self.noise.cpu(), written["token"].tolist(), strict=True)
+        rows = zip(self.scores(), self.noise, written["token"].tolist(), strict=True)
         for b, (scores, noise, token) in enumerate(rows):
             if finished[b]:
                 assert token == self.pad
@@ -198,7 +198,7 @@ def test_reference_draws_what_multinomial_draws(filters: Filters, device: str) -
 
 @pytest.mark.cuda
 @each_filters
-@pytest.mark.parametrize("batch", [1, 3, 5, 16])
+@pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize("vocab", [1, 31, 1000, 50257, 128256, 151936, 300000])
 def test_every_vocabulary_batch_and_filter(vocab: int, batch: int, filters: Filters) -> None:
     make(vocab, batch, filters, "cuda", step=2).check()

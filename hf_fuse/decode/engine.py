@@ -10,7 +10,10 @@ sizes and is closer to the fp32 model than rounding them to bfloat16 would be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +30,15 @@ EXTRA_STEPS = 2  # the host is a step behind: a finished sequence is stepped onc
 # Prompts of up to this many tokens in all take a GPU less time to run than the host to launch: they
 # are padded to one of a few lengths, and the second of a length is a graph's replay.
 GRAPH_TOKENS, SHORTEST_PROMPT = 256, 16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A launch of a step, and the weights that it reads the whole of."""
+
+    name: str
+    run: Callable[[], None]
+    weights: tuple[Tensor, ...] = ()
 
 
 class DecodeEngine:
@@ -73,6 +85,7 @@ class DecodeEngine:
         }
         self.logits = self._empty(batch, sum(len(w) for w in spec.head.weights))
         self._prompt = self._zeros(batch, GRAPH_TOKENS)
+        self.kernels = tuple(self._kernels())
 
     def serves(self, spec: DecoderSpec, batch: int, capacity: int) -> bool:
         """Whether this engine does what one made with these arguments would."""
@@ -213,48 +226,72 @@ class DecodeEngine:
         self._graphs[select, self.sampler][0].replay()
 
     def _run(self, select: bool) -> None:
-        spec, backend = self.spec, self.backend
         if select:  # first: the kernels from here on overlap, torch's with none
             self._draw()
-        ops.decode_embed(
-            self._residual, self.token, spec.embedding, spec.positions, self.length, self.start,
-            backend=backend,
-        )  # fmt: skip
-        for index, layer in enumerate(spec.layers):
-            self._layer(layer, self.keys[index], self.values[index])
-        project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=backend)
+        for kernel in self.kernels:
+            kernel.run()
         if select:
             self._select()
 
-    def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> None:
-        spec, residual, backend = self.spec, self._residual, self.backend
-        middle = self._middles[_middle_rows(layer)]
-        if layer.one_kernel:
-            project_two(
-                (self._qkv, middle), residual, (layer.qkv, layer.mlp_in),
-                (layer.attention_norm, layer.mlp_norm), act=layer.act, backend=backend,
-            )  # fmt: skip
-        else:
-            project(self._qkv, residual, layer.qkv, norm=layer.attention_norm, backend=backend)
-        ops.decode_attention(
-            self._attended, self._qkv, keys, values, self.length, self.start,
-            scaling=layer.scaling, inv_freq=spec.inv_freq, rope_scale=spec.rope_scale,
-            interleaved=spec.interleaved, backend=backend,
+    def _kernels(self) -> Iterator[Kernel]:
+        """The step, but for the selection."""
+        spec, residual = self.spec, self._residual
+        options: dict[str, Any] = {"backend": self.backend}
+        embed = partial(
+            ops.decode_embed, residual, self.token, spec.embedding, spec.positions, self.length,
+            self.start, **options,
         )  # fmt: skip
+        yield Kernel("embed", embed)
+        for layer, keys, values in zip(spec.layers, self.keys, self.values, strict=True):
+            yield from self._layer(layer, keys, values)
+        head = partial(project, self.logits, residual, spec.head, norm=spec.final_norm, **options)
+        yield Kernel("norm, head", head, spec.head.weights)
 
-        def mlp_in() -> None:
-            project(
-                middle, residual, layer.mlp_in, norm=layer.mlp_norm,
-                epilogue="gated" if layer.gated else "act", act=layer.act, backend=backend,
+    def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> Iterator[Kernel]:
+        spec, residual = self.spec, self._residual
+        options: dict[str, Any] = {"backend": self.backend}
+        middle = self._middles[_middle_rows(layer)]
+        mlp_in = Kernel(
+            "norm, MLP in, activation",
+            partial(
+                project, middle, residual, layer.mlp_in, norm=layer.mlp_norm,
+                epilogue="gated" if layer.gated else "act", act=layer.act, **options,
+            ),
+            layer.mlp_in.weights,
+        )  # fmt: skip
+        if layer.one_kernel:
+            both = partial(
+                project_two, (self._qkv, middle), residual, (layer.qkv, layer.mlp_in),
+                (layer.attention_norm, layer.mlp_norm), act=layer.act, **options,
             )  # fmt: skip
-
+            weights = (*layer.qkv.weights, *layer.mlp_in.weights)
+            yield Kernel("norms, QKV and MLP in, activation", both, weights)
+        else:
+            qkv = partial(
+                project, self._qkv, residual, layer.qkv, norm=layer.attention_norm, **options
+            )
+            yield Kernel("norm, QKV", qkv, layer.qkv.weights)
+        attention = partial(
+            ops.decode_attention, self._attended, self._qkv, keys, values, self.length, self.start,
+            scaling=layer.scaling, inv_freq=spec.inv_freq, rope_scale=spec.rope_scale,
+            interleaved=spec.interleaved, **options,
+        )  # fmt: skip
+        yield Kernel("rotary, cache, attention", attention)
         if layer.parallel and not layer.one_kernel:  # before attention is added to what it reads
-            mlp_in()
-        attended = self._attended.view(self.batch, -1)
-        project(residual, attended, layer.attention_out, epilogue="add", backend=backend)
+            yield mlp_in
+        attended, out = self._attended.view(self.batch, -1), layer.attention_out
+        yield Kernel(
+            "attention out, add",
+            partial(project, residual, attended, out, epilogue="add", **options),
+            out.weights,
+        )
         if not layer.parallel:
-            mlp_in()
-        project(residual, middle, layer.mlp_out, epilogue="add", backend=backend)
+            yield mlp_in
+        yield Kernel(
+            "MLP out, add",
+            partial(project, residual, middle, layer.mlp_out, epilogue="add", **options),
+            layer.mlp_out.weights,
+        )
 
     def _capture_step(self, select: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph. It runs once uncaptured, on the first slot, to build what is built

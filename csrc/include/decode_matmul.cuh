@@ -1,0 +1,446 @@
+// out = epilogue(weights · x + biases) on tensor cores, for up to 64 sequences at once (decode.h).
+//
+// Bytes: the weights, once. x is read from L2, once for every 128 rows of weights, so at most half
+// as many bytes as the weights. What the speed rests on:
+// - The order of the sum over a row is free. So a lane's operand of a product, which is four words
+//   of a row far apart, is taken as 16 bytes that lie together, of x alike: weights go from memory
+//   into the registers that the tensor cores read, and x into and out of shared memory, in whole
+//   16-byte pieces, without a bank conflict.
+// - A warp takes 16 rows and has 8 steps of 32 elements of them under way, 64 KB a multi-
+//   processor, also from one 16 rows to the next; the first before the kernel waits for x.
+// - Few rows would leave multiprocessors idle: then the blocks of a cluster share the row's
+//   elements, and add their sums up through each other's shared memory.
+// - Every sum has one order, that depends on the shape of the weights, not on the batch.
+//
+// A norm goes before it, in a kernel of its own: in every block it would be done again.
+//
+// Included by a file for each dtype, so that they compile side by side.
+#pragma once
+#include <algorithm>
+
+#include "decode_rows.cuh"
+#include "reduce.cuh"
+
+namespace hf_fuse {
+namespace {
+
+constexpr const char* kMatmul = kDecodeLinear;
+constexpr int kMinBatch = 3;        // for fewer, the kernels without tensor cores
+constexpr int kMaxBatch = 64;       // at once
+constexpr int kStep = 32;           // elements of a row: 16 bytes for each of four lanes
+constexpr int kTileRows = 16;       // of weights, that a warp takes at once
+constexpr int kTileSequences = 8;   // of a product
+constexpr int kBlockWarps = 8;
+constexpr int kBlockThreads = kBlockWarps * kWarpSize;
+constexpr int kRefill = 2;          // of them loaded together: a line of each row
+constexpr int kMaxSplits = 8;       // blocks of a cluster
+constexpr int kStages = 3;          // parts of x in shared memory
+
+// Steps of weights that a warp has under way.
+constexpr int steps_ahead(int tiles) { return tiles > 4 ? 6 : 8; }
+// Steps of a part of x: so that two blocks of two kernels find room in shared memory.
+constexpr int part_steps(int tiles) { return tiles > 4 ? 2 : 4; }
+// Two blocks of two kernels, and one of the norm's, find room in the registers.
+constexpr int matmul_registers(int tiles) { return tiles > 4 ? 128 : 112; }
+
+template <typename T>
+struct Matmul {
+  DecodeLinear p;
+  RowTable<T> all;
+  int units, steps, log_splits;
+  int block_tiles, longer;  // tiles of 16 rows of a cluster; the first `longer` have one more
+};
+
+template <typename T>
+__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                         uint32_t b0, uint32_t b1) {
+  // Volatile: the loads that follow into a's registers stay behind it.
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// y = c if `take`. In C++ the compiler would make an array in memory of them all.
+__device__ inline void take_if(bool take, const float (&c)[4], float4& y) {
+  asm("{\n.reg .pred p;\nsetp.ne.s32 p, %8, 0;\n"
+      "selp.f32 %0, %4, %0, p;\nselp.f32 %1, %5, %1, p;\n"
+      "selp.f32 %2, %6, %2, p;\nselp.f32 %3, %7, %3, p;\n}"
+      : "+f"(y.x), "+f"(y.y), "+f"(y.z), "+f"(y.w)
+      : "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(static_cast<int>(take)));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+// What the block `rank` has where `ptr` is in this one.
+__device__ inline float4 load_cluster(const float4* ptr, int rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 from;\nmapa.shared::cluster.u32 from, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [from];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(ptr))), "r"(rank)
+      : "memory");
+  return v;
+}
+#else
+__device__ inline void cluster_sync() {}
+__device__ inline float4 load_cluster(const float4* ptr, int) { return *ptr; }
+#endif
+
+// What a lane has of a product of 16 rows and 8 sequences: of rows lane / 4 and 8 more, each of
+// sequences lane % 4 * 2 and the next. Gated, the tile's first 8 rows are of the first weight and
+// the others the second's rows of the same units.
+template <typename T>
+struct Outputs {
+  const Matmul<T>& m;
+  int unit[2];
+  Extras<T, Layout::kAny> extras[2];
+  float old[4];
+
+  __device__ static int unit_of(const Matmul<T>& m, int tile, int half) {
+    const int lane = threadIdx.x % kWarpSize;
+    return m.all.pair ? tile * (kTileRows / 2) + lane / 4
+                      : tile * kTileRows + half * (kTileRows / 2) + lane / 4;
+  }
+  __device__ Outputs(const Matmul<T>& m, int tile)
+      : m(m),
+        unit{unit_of(m, tile, 0), unit_of(m, tile, 1)},
+        extras{{m.all, min(unit[0], m.units - 1)}, {m.all, min(unit[1], m.units - 1)}} {}
+
+  __device__ bool present(int i, int sequence) const {
+    return sequence < m.p.batch && unit[i / 2] < m.units && (i < 2 || !m.all.pair);
+  }
+  __device__ int64_t index(int i, int sequence) const {
+    return int64_t{sequence} * m.units + unit[i / 2];
+  }
+  __device__ static int sequence_of(int tile, int i) {
+    return tile * kTileSequences + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+  }
+  __device__ void load_old(int tile) {
+    if (m.p.epilogue != Epilogue::kAdd) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int sequence = sequence_of(tile, i);
+      if (present(i, sequence))
+        old[i] = load_float(static_cast<const float*>(m.p.out) + index(i, sequence));
+    }
+  }
+  __device__ void write(int tile, const float4& y) {
+    const float v[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int sequence = sequence_of(tile, i);
+      Extras<T, Layout::kAny> with = extras[i / 2];
+      if (m.p.epilogue == Epilogue::kAdd) with.old = old[i];
+      if (present(i, sequence)) write_output(m.p, index(i, sequence), v[i], v[i % 2 + 2], with);
+    }
+  }
+};
+
+// kTiles: of 8 sequences, as many as the batch needs. A block takes up to 8 tiles of 16 rows at a
+// time, a warp each, and goes through its part of their elements once.
+template <typename T, int kTiles>
+__global__ void __maxnreg__(matmul_registers(kTiles))
+    decode_matmul_kernel(const __grid_constant__ Matmul<T> m) {
+  using V = Vec16<T>;
+  constexpr int kAhead = steps_ahead(kTiles);
+  constexpr int kPartSteps = part_steps(kTiles), kPartLanes = 4 * kPartSteps;
+  constexpr int kStepPieces = kTiles * kTileSequences * 4;  // of 16 bytes: [step][sequence][4]
+  constexpr int kPartPieces = kPartSteps * kStepPieces;
+  constexpr int kSums = kBlockWarps * kTiles * kWarpSize;  // [warp][tile][lane]
+  __shared__ uint4 shared[std::max(kStages * kPartPieces, kSums)];
+  pdl_trigger();
+  const DecodeLinear& p = m.p;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int group = lane / 4, quarter = lane % 4;
+  const int splits = 1 << m.log_splits, rank = blockIdx.x & (splits - 1);
+  const int block = blockIdx.x >> m.log_splits;
+  const int first_step = (m.steps * rank) >> m.log_splits;
+  const int steps = ((m.steps * (rank + 1)) >> m.log_splits) - first_step;
+  const int begin = block * m.block_tiles + min(block, m.longer);
+  const int end = begin + m.block_tiles + (block < m.longer);
+
+  const T* row[2];  // the lane's elements of the two rows it loads of a tile
+  const auto seek = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int unit = min(Outputs<T>::unit_of(m, tile, i), m.units - 1);
+      row[i] = m.all.row(unit, m.all.pair ? i : 0) + first_step * kStep + quarter * V::kSize;
+    }
+  };
+  V w[kAhead][2];
+  seek(begin + warp);
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      load_weights<true>(w[s][i], row[i] + s * kStep, begin + warp < end && s < steps);
+  }
+
+  // The pieces of a part of x that a thread copies: one of each of kRounds sequences.
+  constexpr int kRoundSequences = kBlockThreads / kPartLanes;
+  constexpr int kRounds = (kTiles * kTileSequences + kRoundSequences - 1) / kRoundSequences;
+  const int piece = threadIdx.x % kPartLanes, sequence = threadIdx.x / kPartLanes;
+  const int size = static_cast<int>(p.size), batch = static_cast<int>(p.batch);
+  const T* const x =
+      static_cast<const T*>(p.x) + sequence * size + first_step * kStep + piece * V::kSize;
+  uint4* const x_to = shared + piece / 4 * kStepPieces + sequence * 4 + piece % 4;
+  const int parts = (steps + kPartSteps - 1) / kPartSteps;
+  int loads_left = (end - begin + kBlockWarps - 1) / kBlockWarps * parts, part_to_load = 0;
+  const auto load_x = [&](int stage) {
+    if (loads_left > 0) {
+#pragma unroll
+      for (int n = 0; n < kRounds; ++n) {
+        const int row = n * kRoundSequences;
+        if (sequence + row < batch && part_to_load * kPartSteps + piece / 4 < steps)
+          copy_async(x_to + stage * kPartPieces + row * 4,
+                     x + row * size + part_to_load * (kPartSteps * kStep));
+      }
+      --loads_left;
+      if (++part_to_load == parts) part_to_load = 0;
+    }
+    copy_async_commit();
+  };
+  pdl_wait();
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage) load_x(stage);
+  int stage = 0;
+
+  for (int first = begin; first < end; first += kBlockWarps) {
+    const int tile = first + warp;
+    const bool active = tile < end;
+    float sum[kTiles][4] = {};
+    const uint4* part = shared;
+    for (int step = 0; step < steps; step += kAhead) {
+      int ahead = 0;  // steps there are to load
+      if (step + kAhead < steps) {
+        row[0] += kAhead * kStep, row[1] += kAhead * kStep;
+        if (active) ahead = steps - step - kAhead;
+      } else {
+        seek(tile + kBlockWarps);
+        if (tile + kBlockWarps < end) ahead = steps;
+      }
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        if (s % kPartSteps == 0 && step + s < steps) {
+          copy_async_wait<kStages - 2>();
+          __syncthreads();
+          load_x(stage == 0 ? kStages - 1 : stage - 1);  // where the part before was
+          part = shared + stage * kPartPieces + group * 4 + quarter;
+          if (++stage == kStages) stage = 0;
+        }
+        if (active && step + s < steps) {
+          const auto& a = w[s][0].words;
+          const auto& b = w[s][1].words;
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+            const uint4 x = part[s % kPartSteps * kStepPieces + j * kTileSequences * 4];
+            multiply<T>(sum[j], a[0], b[0], a[1], b[1], x.x, x.y);
+            multiply<T>(sum[j], a[2], b[2], a[3], b[3], x.z, x.w);
+          }
+        }
+        if (s % kRefill == kRefill - 1) {
+#pragma unroll
+          for (int r = s - kRefill + 1; r <= s; ++r) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              load_weights<false>(w[r][i], row[i] + r * kStep, r < ahead);
+          }
+        }
+      }
+    }
+
+    // Of the sums of 16 rows and 8 sequences, by number, warp * kTiles + tile, a warp finishes its
+    // own; those of a cluster's blocks are added up and finished by one of them.
+    float4* const sums = reinterpret_cast<float4*>(shared);
+    int number = warp * kTiles, last = active ? number + kTiles : number, stride = 1;
+    if (splits > 1) {
+      __syncthreads();  // x is no longer needed
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        sums[(number + j) * kWarpSize + lane] = {sum[j][0], sum[j][1], sum[j][2], sum[j][3]};
+      const int share = (kBlockWarps * kTiles) >> m.log_splits;
+      number = rank * share + warp, stride = kBlockWarps;
+      last = min((rank + 1) * share, (end - first) * kTiles);
+    }
+    Outputs<T> outputs(m, first + number / kTiles);
+    if (number < last) outputs.load_old(number % kTiles);
+    if (splits > 1) cluster_sync();
+#pragma unroll 1
+    while (number < last) {
+      float4 y = {};
+      if (splits > 1) {
+#pragma unroll 1
+        for (int from = 0; from < splits; from += 2) {
+          const float4 a = load_cluster(sums + number * kWarpSize + lane, from);
+          const float4 b = load_cluster(sums + number * kWarpSize + lane, from + 1);
+          y.x += a.x + b.x, y.y += a.y + b.y, y.z += a.z + b.z, y.w += a.w + b.w;
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) take_if(j == number % kTiles, sum[j], y);
+      }
+      outputs.write(number % kTiles, y);
+      number += stride;
+      if (number >= last) break;
+      if (splits > 1) {
+        const Outputs<T> next(m, first + number / kTiles);
+        outputs.unit[0] = next.unit[0], outputs.unit[1] = next.unit[1];
+        outputs.extras[0] = next.extras[0], outputs.extras[1] = next.extras[1];
+      }
+      outputs.load_old(number % kTiles);
+    }
+    if (splits > 1) cluster_sync();  // the others may still read this block's sums
+  }
+}
+
+// out[b] = norm(x[b]), rounded to the dtype, as transformers' layers do. A block a sequence; x is
+// read once, and stays in registers.
+template <typename T, int kLoads>
+__global__ void decode_norm_kernel(const __grid_constant__ DecodeLinear p) {
+  using V = Vec16<T>;
+  __shared__ float means[1][kMaxWarps], squares[1][kMaxWarps];
+  pdl_trigger();
+  const auto offset = [](int i) {
+    return static_cast<int>(threadIdx.x + i * blockDim.x) * V::kSize;
+  };
+  const int size = static_cast<int>(p.size);
+  const T* const norm_weight = static_cast<const T*>(p.norm_weight);
+  const T* const norm_bias = static_cast<const T*>(p.norm_bias);
+  V weight[kLoads], bias[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    bias[i] = {};
+    load_weights<true>(weight[i], norm_weight + offset(i), offset(i) < size);
+    if (norm_bias) load_weights<true>(bias[i], norm_bias + offset(i), offset(i) < size);
+  }
+  pdl_wait();
+  const float* const row = static_cast<const float*>(p.x) + blockIdx.x * p.size;
+  Floats<V::kSize> x[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    x[i] = {};
+    if (offset(i) >= size) continue;
+#pragma unroll
+    for (int e = 0; e < V::kSize; e += 4) {
+      const auto part = load<Vec16<float>>(row + offset(i) + e).floats();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[i][e + k] = part[k];
+    }
+  }
+  const float inv_size = 1.f / static_cast<float>(size);
+  if (!p.rms) {
+    float sum[1] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+      for (int e = 0; e < V::kSize; ++e) sum[0] += x[i][e];
+    }
+    row_sum(sum, means, blockDim.x);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (offset(i) >= size) break;
+#pragma unroll
+      for (int e = 0; e < V::kSize; ++e) x[i][e] -= sum[0] * inv_size;
+    }
+  }
+  float square[1] = {};
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+    for (int e = 0; e < V::kSize; ++e) square[0] = fmaf(x[i][e], x[i][e], square[0]);
+  }
+  row_sum(square, squares, blockDim.x);
+  const float scale = rsqrtf(square[0] * inv_size + static_cast<float>(p.eps));
+  T* const out = static_cast<T*>(p.workspace) + blockIdx.x * p.size;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    if (offset(i) >= size) break;
+    const auto g = weight[i].floats(), b = bias[i].floats();
+    Floats<V::kSize> y;
+#pragma unroll
+    for (int e = 0; e < V::kSize; ++e) y[e] = x[i][e] * scale * g[e] + b[e];
+    store(out + offset(i), V::from(y));
+  }
+}
+
+// The norm of p's rows in the workspace; p afterwards reads them.
+template <typename T>
+void run_norm(DecodeLinear* p, void* stream) {
+  constexpr int kMaxNormThreads = 512;
+  const int64_t chunks = p->size / Vec16<T>::kSize;
+  const auto launch_loads = [&](auto kernel, int loads) {
+    const int64_t threads = round_up(ceil_div(chunks, loads), kWarpSize);
+    launch(kMatmul, kernel, step_grid(p->batch), static_cast<unsigned>(threads), 0, stream, *p);
+  };
+  if (chunks <= kMaxNormThreads) {
+    launch_loads(decode_norm_kernel<T, 1>, 1);
+  } else if (chunks <= 2 * kMaxNormThreads) {
+    launch_loads(decode_norm_kernel<T, 2>, 2);
+  } else {
+    launch_loads(decode_norm_kernel<T, 4>, 4);
+  }
+  p->x = p->workspace;
+  p->norm_weight = p->norm_bias = nullptr;
+}
+
+template <typename T, int kTiles>
+void launch_matmul(const DecodeLinear& p, int64_t units, void* stream) {
+  const DeviceInfo& device = device_info(kMatmul);
+  const int64_t pair = p.epilogue == Epilogue::kGated;
+  const int64_t tiles = ceil_div(units << pair, kTileRows), steps = p.size / kStep;
+  int64_t blocks = ceil_div(tiles, kBlockWarps);
+  int log_splits = 0;
+  if (device.major >= 9) {  // clusters, as long as all blocks run at once, some beside another
+    while ((2 << log_splits) <= kMaxSplits && (2 << log_splits) <= steps &&
+           2 * (blocks << (log_splits + 1)) <= 3 * device.num_sms)
+      ++log_splits;
+  }
+  if (log_splits == 0) blocks = std::min<int64_t>(blocks, device.num_sms);
+  const Matmul<T> m = {p,
+                       RowTable<T>(p),
+                       static_cast<int>(units),
+                       static_cast<int>(steps),
+                       log_splits,
+                       static_cast<int>(tiles / blocks),
+                       static_cast<int>(tiles % blocks)};
+  launch(kMatmul, decode_matmul_kernel<T, kTiles>,
+         step_grid(blocks << log_splits, 1, 1 << log_splits), kBlockThreads, 0, stream, m);
+}
+
+}  // namespace
+
+template <typename T>
+bool DecodeMatmulOf<T>::can_run(const DecodeLinear& p) {
+  return p.batch >= kMinBatch && p.size % kStep == 0 && p.size <= kMaxMatmulSize &&
+         readable_by_vectors<T>(p);
+}
+
+template <typename T>
+void DecodeMatmulOf<T>::run(const DecodeLinear& p, int64_t units, void* stream) {
+  for (int64_t first = 0; first < p.batch; first += kMaxBatch) {
+    DecodeLinear part =
+        sequences<T>(p, units, first, std::min<int64_t>(p.batch - first, kMaxBatch));
+    if (part.norm_weight) run_norm<T>(&part, stream);
+    const int64_t tiles = ceil_div(part.batch, kTileSequences);
+    if (tiles <= 1) launch_matmul<T, 1>(part, units, stream);
+    else if (tiles <= 2) launch_matmul<T, 2>(part, units, stream);
+    else if (tiles <= 4) launch_matmul<T, 4>(part, units, stream);
+    else launch_matmul<T, 8>(part, units, stream);
+  }
+}
+
+}  // namespace hf_fuse

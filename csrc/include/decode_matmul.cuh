@@ -32,16 +32,16 @@ constexpr int kTileRows = 16;       // of weights, that a warp takes at once
 constexpr int kTileSequences = 8;   // of a product
 constexpr int kBlockWarps = 8;
 constexpr int kBlockThreads = kBlockWarps * kWarpSize;
-constexpr int kRefill = 2;          // of them loaded together: a line of each row
 constexpr int kMaxSplits = 8;       // blocks of a cluster
-constexpr int kStages = 3;          // parts of x in shared memory
+constexpr int kLead = 2;            // parts of x on their way before the first is used
 
 // Steps of weights that a warp has under way.
 constexpr int steps_ahead(int tiles) { return tiles > 4 ? 6 : 8; }
-// Steps of a part of x: so that two blocks of two kernels find room in shared memory.
-constexpr int part_steps(int tiles) { return tiles > 4 ? 2 : 4; }
-// Two blocks of two kernels, and one of the norm's, find room in the registers.
-constexpr int matmul_registers(int tiles) { return tiles > 4 ? 128 : 112; }
+// Steps of a part of x, and parts in shared memory, of which two kernels' blocks find room in it.
+constexpr int part_steps(int tiles) { return tiles == 1 ? 8 : tiles == 2 ? 4 : 2; }
+constexpr int part_stages(int tiles) { return tiles > 4 ? 3 : 4; }
+// Two kernels' blocks find room in the registers, with fewer also a norm's.
+constexpr int matmul_registers(int tiles) { return tiles > 2 ? 128 : 112; }
 
 template <typename T>
 struct Matmul {
@@ -70,6 +70,25 @@ __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
   }
 }
 
+// sum += 16 rows of weights, of which w has two and the other lanes the rest, times a step of x.
+template <typename T, int kTiles>
+__device__ void multiply_step(float (&sum)[kTiles][4], const Vec16<T> (&w)[2], const uint4* x) {
+  constexpr int kTogether = kTiles < 4 ? kTiles : 4;  // so that no product waits for the one before
+  const auto &a = w[0].words, &b = w[1].words;
+#pragma unroll
+  for (int j = 0; j < kTiles; j += kTogether) {
+    uint4 v[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) v[i] = x[(j + i) * kTileSequences * 4];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      multiply<T>(sum[j + i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      multiply<T>(sum[j + i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
+  }
+}
+
 // y = c if `take`. In C++ the compiler would make an array in memory of them all.
 __device__ inline void take_if(bool take, const float (&c)[4], float4& y) {
   asm("{\n.reg .pred p;\nsetp.ne.s32 p, %8, 0;\n"
@@ -79,25 +98,75 @@ __device__ inline void take_if(bool take, const float (&c)[4], float4& y) {
       : "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(static_cast<int>(take)));
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// Barriers in shared memory. Parity: of the number of times that it was complete.
+__device__ inline uint32_t address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-// What the block `rank` has where `ptr` is in this one.
-__device__ inline float4 load_cluster(const float4* ptr, int rank) {
-  float4 v;
+__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals)
+               : "memory");
+}
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(
+                   address_of(barrier))
+               : "memory");
+}
+// Once this thread's copies are there.
+__device__ inline void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address_of(barrier))
+               : "memory");
+}
+
+__device__ inline void wait_for(uint64_t* barrier, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define HF_FUSE_WAIT "mbarrier.try_wait"
+#else
+#define HF_FUSE_WAIT "mbarrier.test_wait"
+#endif
+  int done = 0;
+  while (!done) {
+    asm volatile("{\n.reg .pred p;\n" HF_FUSE_WAIT ".parity.shared.b64 p, [%1], %2;\n"
+                 "selp.s32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address_of(barrier)), "r"(parity)
+                 : "memory");
+  }
+#undef HF_FUSE_WAIT
+}
+
+// Between the blocks of a cluster.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// `bytes` that others store here complete the barrier.
+__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
   asm volatile(
-      "{\n.reg .b32 from;\nmapa.shared::cluster.u32 from, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [from];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(ptr))), "r"(rank)
+      "fence.mbarrier_init.release.cluster;\n"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)),
+      "r"(bytes)
       : "memory");
-  return v;
+}
+__device__ inline void cluster_arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// To where `ptr` is in the block `rank`, counted by `barrier` there.
+__device__ inline void store_cluster(float4* ptr, uint64_t* barrier, int rank, const float (&v)[4]) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, "
+      "[counter];\n}" ::"r"(address_of(ptr)),
+      "r"(address_of(barrier)), "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+      : "memory");
 }
 #else
-__device__ inline void cluster_sync() {}
-__device__ inline float4 load_cluster(const float4* ptr, int) { return *ptr; }
+__device__ inline void expect_bytes(uint64_t*, int) {}
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+__device__ inline void store_cluster(float4*, uint64_t*, int, const float (&)[4]) {}
 #endif
 
 // What a lane has of a product of 16 rows and 8 sequences: of rows lane / 4 and 8 more, each of
@@ -156,12 +225,16 @@ template <typename T, int kTiles>
 __global__ void __maxnreg__(matmul_registers(kTiles))
     decode_matmul_kernel(const __grid_constant__ Matmul<T> m) {
   using V = Vec16<T>;
-  constexpr int kAhead = steps_ahead(kTiles);
+  constexpr int kAhead = steps_ahead(kTiles), kStages = part_stages(kTiles);
   constexpr int kPartSteps = part_steps(kTiles), kPartLanes = 4 * kPartSteps;
   constexpr int kStepPieces = kTiles * kTileSequences * 4;  // of 16 bytes: [step][sequence][4]
-  constexpr int kPartPieces = kPartSteps * kStepPieces;
-  constexpr int kSums = kBlockWarps * kTiles * kWarpSize;  // [warp][tile][lane]
-  __shared__ uint4 shared[std::max(kStages * kPartPieces, kSums)];
+  constexpr int kPartPieces = kPartSteps * kStepPieces, kXPieces = kStages * kPartPieces;
+  // From a cluster's other blocks: [block][sum][lane]. For many sequences where x was.
+  constexpr int kSums = kBlockWarps * kTiles * kWarpSize / kMaxSplits * (kMaxSplits - 1);
+  constexpr bool kSumsInX = kTiles > 4;
+  __shared__ uint4 shared[kSumsInX ? std::max(kXPieces, kSums) : kXPieces + kSums];
+  __shared__ uint64_t full[kStages], empty[kStages], received;
+  float4* const sums = reinterpret_cast<float4*>(shared + (kSumsInX ? 0 : kXPieces));
   pdl_trigger();
   const DecodeLinear& p = m.p;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -190,6 +263,26 @@ __global__ void __maxnreg__(matmul_registers(kTiles))
       load_weights<true>(w[s][i], row[i] + s * kStep, begin + warp < end && s < steps);
   }
 
+  // Sum j of warp w, of 16 rows and 8 sequences, has the number w * kTiles + j. Of a cluster, block
+  // number % splits adds it up and finishes it.
+  const int first_sum = (rank - warp * kTiles) & (splits - 1);  // of this warp's
+  const auto sums_of = [&](int block, int warps) {
+    return (warps * kTiles - block + splits - 1) >> m.log_splits;
+  };
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(&full[i], kBlockThreads);
+      init_barrier(&empty[i], kBlockWarps);
+    }
+    if (splits > 1) {
+      init_barrier(&received, 1);
+      expect_bytes(&received, (splits - 1) * sums_of(rank, end - begin) * kWarpSize * 16);
+    }
+  }
+  __syncthreads();
+  if (splits > 1 && !kSumsInX) cluster_arrive();
+
   // The pieces of a part of x that a thread copies: one of each of kRounds sequences.
   constexpr int kRoundSequences = kBlockThreads / kPartLanes;
   constexpr int kRounds = (kTiles * kTileSequences + kRoundSequences - 1) / kRoundSequences;
@@ -200,25 +293,27 @@ __global__ void __maxnreg__(matmul_registers(kTiles))
   uint4* const x_to = shared + piece / 4 * kStepPieces + sequence * 4 + piece % 4;
   const int parts = (steps + kPartSteps - 1) / kPartSteps;
   int loads_left = (end - begin + kBlockWarps - 1) / kBlockWarps * parts, part_to_load = 0;
-  const auto load_x = [&](int stage) {
-    if (loads_left > 0) {
+  int load_stage = 0, load_parity = 1;
+  const auto load_x = [&] {
+    if (loads_left == 0) return;
+    wait_for(&empty[load_stage], load_parity);  // at first it is
 #pragma unroll
-      for (int n = 0; n < kRounds; ++n) {
-        const int row = n * kRoundSequences;
-        if (sequence + row < batch && part_to_load * kPartSteps + piece / 4 < steps)
-          copy_async(x_to + stage * kPartPieces + row * 4,
-                     x + row * size + part_to_load * (kPartSteps * kStep));
-      }
-      --loads_left;
-      if (++part_to_load == parts) part_to_load = 0;
+    for (int n = 0; n < kRounds; ++n) {
+      const int row = n * kRoundSequences;
+      if (sequence + row < batch && part_to_load * kPartSteps + piece / 4 < steps)
+        copy_async(x_to + load_stage * kPartPieces + row * 4,
+                   x + row * size + part_to_load * (kPartSteps * kStep));
     }
-    copy_async_commit();
+    arrive_after_copies(&full[load_stage]);
+    --loads_left;
+    if (++part_to_load == parts) part_to_load = 0;
+    if (++load_stage == kStages) load_stage = 0, load_parity ^= 1;
   };
   pdl_wait();
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) load_x(stage);
-  int stage = 0;
+  for (int i = 0; i < kLead; ++i) load_x();
 
+  int stage = 0, parity = 0;
   for (int first = begin; first < end; first += kBlockWarps) {
     const int tile = first + warp;
     const bool active = tile < end;
@@ -235,75 +330,54 @@ __global__ void __maxnreg__(matmul_registers(kTiles))
       }
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
-        if (s % kPartSteps == 0 && step + s < steps) {
-          copy_async_wait<kStages - 2>();
-          __syncthreads();
-          load_x(stage == 0 ? kStages - 1 : stage - 1);  // where the part before was
-          part = shared + stage * kPartPieces + group * 4 + quarter;
-          if (++stage == kStages) stage = 0;
-        }
-        if (active && step + s < steps) {
-          const auto& a = w[s][0].words;
-          const auto& b = w[s][1].words;
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            const uint4 x = part[s % kPartSteps * kStepPieces + j * kTileSequences * 4];
-            multiply<T>(sum[j], a[0], b[0], a[1], b[1], x.x, x.y);
-            multiply<T>(sum[j], a[2], b[2], a[3], b[3], x.z, x.w);
+        if (step + s < steps) {
+          if (s % kPartSteps == 0) {
+            wait_for(&full[stage], parity);
+            part = shared + stage * kPartPieces + group * 4 + quarter;
+          }
+          if (active) multiply_step<T>(sum, w[s], part + s % kPartSteps * kStepPieces);
+          if (s % kPartSteps == 0) load_x();
+          if (s % kPartSteps == kPartSteps - 1 || step + s == steps - 1) {
+            __syncwarp();
+            if (lane == 0) arrive(&empty[stage]);
+            if (++stage == kStages) stage = 0, parity ^= 1;
           }
         }
-        if (s % kRefill == kRefill - 1) {
 #pragma unroll
-          for (int r = s - kRefill + 1; r <= s; ++r) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              load_weights<false>(w[r][i], row[i] + r * kStep, r < ahead);
-          }
-        }
+        for (int i = 0; i < 2; ++i) load_weights<false>(w[s][i], row[i] + s * kStep, s < ahead);
       }
     }
 
-    // Of the sums of 16 rows and 8 sequences, by number, warp * kTiles + tile, a warp finishes its
-    // own; those of a cluster's blocks are added up and finished by one of them.
-    float4* const sums = reinterpret_cast<float4*>(shared);
-    int number = warp * kTiles, last = active ? number + kTiles : number, stride = 1;
+    Outputs<T> outputs(m, tile);
+    if (active && first_sum < kTiles) outputs.load_old(first_sum);
     if (splits > 1) {
-      __syncthreads();  // x is no longer needed
+      if (kSumsInX) cluster_arrive();
+      cluster_wait();
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-        sums[(number + j) * kWarpSize + lane] = {sum[j][0], sum[j][1], sum[j][2], sum[j][3]};
-      const int share = (kBlockWarps * kTiles) >> m.log_splits;
-      number = rank * share + warp, stride = kBlockWarps;
-      last = min((rank + 1) * share, (end - first) * kTiles);
+      for (int j = 0; j < kTiles; ++j) {
+        const int number = warp * kTiles + j, to = number & (splits - 1);
+        float4* const at = sums + ((rank - (rank > to)) * ((kBlockWarps * kTiles) >> m.log_splits) +
+                                   (number >> m.log_splits)) * kWarpSize + lane;
+        if (active && to != rank) store_cluster(at, &received, to, sum[j]);
+      }
     }
-    Outputs<T> outputs(m, first + number / kTiles);
-    if (number < last) outputs.load_old(number % kTiles);
-    if (splits > 1) cluster_sync();
+    if (!active) continue;
+    if (splits > 1 && first_sum < kTiles) wait_for(&received, 0);
 #pragma unroll 1
-    while (number < last) {
-      float4 y = {};
-      if (splits > 1) {
-#pragma unroll 1
-        for (int from = 0; from < splits; from += 2) {
-          const float4 a = load_cluster(sums + number * kWarpSize + lane, from);
-          const float4 b = load_cluster(sums + number * kWarpSize + lane, from + 1);
-          y.x += a.x + b.x, y.y += a.y + b.y, y.z += a.z + b.z, y.w += a.w + b.w;
-        }
-      } else {
+    for (int j = first_sum; j < kTiles; j += splits) {
+      if (j != first_sum) outputs.load_old(j);
+      float4 own = {}, y = {};
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) take_if(j == number % kTiles, sum[j], y);
+      for (int k = 0; k < kTiles; ++k) take_if(k == j, sum[k], own);
+      const float4* at = sums + ((warp * kTiles + j) >> m.log_splits) * kWarpSize + lane;
+#pragma unroll 1
+      for (int from = 0; from < splits; ++from) {
+        float4 add = own;
+        if (from != rank) add = *at, at += ((kBlockWarps * kTiles) >> m.log_splits) * kWarpSize;
+        y.x += add.x, y.y += add.y, y.z += add.z, y.w += add.w;
       }
-      outputs.write(number % kTiles, y);
-      number += stride;
-      if (number >= last) break;
-      if (splits > 1) {
-        const Outputs<T> next(m, first + number / kTiles);
-        outputs.unit[0] = next.unit[0], outputs.unit[1] = next.unit[1];
-        outputs.extras[0] = next.extras[0], outputs.extras[1] = next.extras[1];
-      }
-      outputs.load_old(number % kTiles);
+      outputs.write(j, y);
     }
-    if (splits > 1) cluster_sync();  // the others may still read this block's sums
   }
 }
 

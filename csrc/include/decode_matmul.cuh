@@ -6,11 +6,13 @@
 //   of a row far apart, is taken as 16 bytes that lie together, of x alike: weights go from memory
 //   into the registers that the tensor cores read, and x into and out of shared memory, in whole
 //   16-byte pieces, without a bank conflict.
-// - A warp takes 16 rows and has 8 steps of 32 elements of them under way, 64 KB a multi-
-//   processor, also from one 16 rows to the next; the first before the kernel waits for x.
+// - A warp takes 16 rows and has 4 or 8 steps of 32 elements of them under way, 64 KB and more a
+//   multiprocessor, also from one 16 rows to the next; the first before the kernel waits for x.
+// - x comes in parts, which barriers in shared memory count, so that a warp need not wait for the
+//   slowest of its block at each of them.
 // - Few rows would leave multiprocessors idle: then the blocks of a cluster share the row's
-//   elements, and add their sums up through each other's shared memory.
-// - Every sum has one order, that depends on the shape of the weights, not on the batch.
+//   elements, and send their sums to the block that finishes them.
+// - Every sum has one order: the same input gives the same bits.
 //
 // A norm goes before it, in a kernel of its own: in every block it would be done again.
 //
@@ -24,24 +26,29 @@
 namespace hf_fuse {
 namespace {
 
-constexpr const char* kMatmul = kDecodeLinear;
-constexpr int kMinBatch = 3;        // for fewer, the kernels without tensor cores
-constexpr int kMaxBatch = 64;       // at once
-constexpr int kStep = 32;           // elements of a row: 16 bytes for each of four lanes
-constexpr int kTileRows = 16;       // of weights, that a warp takes at once
-constexpr int kTileSequences = 8;   // of a product
+constexpr int kMinBatch = 3;       // for fewer, the kernels without tensor cores
+constexpr int kMaxBatch = 64;      // at once
+constexpr int kStep = 32;          // elements of a row: 16 bytes for each of four lanes
+constexpr int kTileRows = 16;      // of weights, that a warp takes at once
+constexpr int kTileSequences = 8;  // of a product
 constexpr int kBlockWarps = 8;
 constexpr int kBlockThreads = kBlockWarps * kWarpSize;
-constexpr int kMaxSplits = 8;       // blocks of a cluster
-constexpr int kLead = 2;            // parts of x on their way before the first is used
+constexpr int kMaxSplits = 8;  // blocks of a cluster
+constexpr int kMinSteps = 4;   // of each of them
+constexpr int kLead = 2;       // parts of x on their way before the first is used
 
-// Steps of weights that a warp has under way.
-constexpr int steps_ahead(int tiles) { return tiles > 4 ? 6 : 8; }
+// Steps of weights that a warp has under way: with many sequences fewer, so that several operands
+// of x find room beside them.
+constexpr int steps_ahead(int tiles) { return tiles > 2 ? 4 : 8; }
 // Steps of a part of x, and parts in shared memory, of which two kernels' blocks find room in it.
-constexpr int part_steps(int tiles) { return tiles == 1 ? 8 : tiles == 2 ? 4 : 2; }
-constexpr int part_stages(int tiles) { return tiles > 4 ? 3 : 4; }
-// Two kernels' blocks find room in the registers, with fewer also a norm's.
-constexpr int matmul_registers(int tiles) { return tiles > 2 ? 128 : 112; }
+constexpr int part_steps(int tiles) { return tiles == 1 ? 8 : tiles <= 4 ? 4 : 2; }
+constexpr int part_stages(int tiles) { return tiles > 2 ? 3 : 4; }
+constexpr int kBlocksOfMultiprocessor = 2, kRegisters = 128;  // of a thread, so that there are
+
+// Sums of 16 rows and 8 sequences that a block of a cluster finishes.
+__host__ __device__ constexpr int slots_of(int tiles, int splits) {
+  return kBlockWarps * tiles > splits ? kBlockWarps * tiles / splits : 1;
+}
 
 template <typename T>
 struct Matmul {
@@ -89,6 +96,10 @@ __device__ void multiply_step(float (&sum)[kTiles][4], const Vec16<T> (&w)[2], c
   }
 }
 
+__device__ inline void add_to(float4& y, const float4& v) {
+  y.x += v.x, y.y += v.y, y.z += v.z, y.w += v.w;
+}
+
 // y = c if `take`. In C++ the compiler would make an array in memory of them all.
 __device__ inline void take_if(bool take, const float (&c)[4], float4& y) {
   asm("{\n.reg .pred p;\nsetp.ne.s32 p, %8, 0;\n"
@@ -107,9 +118,9 @@ __device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
                : "memory");
 }
 __device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(
-                   address_of(barrier))
-               : "memory");
+  asm volatile(
+      "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address_of(barrier))
+      : "memory");
 }
 // Once this thread's copies are there.
 __device__ inline void arrive_after_copies(uint64_t* barrier) {
@@ -125,7 +136,8 @@ __device__ inline void wait_for(uint64_t* barrier, int parity) {
 #endif
   int done = 0;
   while (!done) {
-    asm volatile("{\n.reg .pred p;\n" HF_FUSE_WAIT ".parity.shared.b64 p, [%1], %2;\n"
+    asm volatile("{\n.reg .pred p;\n" HF_FUSE_WAIT
+                 ".parity.shared.b64 p, [%1], %2;\n"
                  "selp.s32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(address_of(barrier)), "r"(parity)
@@ -153,20 +165,20 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // To where `ptr` is in the block `rank`, counted by `barrier` there.
-__device__ inline void store_cluster(float4* ptr, uint64_t* barrier, int rank, const float (&v)[4]) {
+__device__ inline void store_cluster(float4* ptr, uint64_t* barrier, int rank, const float4& v) {
   asm volatile(
       "{\n.reg .b32 to, counter;\n"
       "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, "
       "[counter];\n}" ::"r"(address_of(ptr)),
-      "r"(address_of(barrier)), "r"(rank), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+      "r"(address_of(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
 #else
 __device__ inline void expect_bytes(uint64_t*, int) {}
 __device__ inline void cluster_arrive() {}
 __device__ inline void cluster_wait() {}
-__device__ inline void store_cluster(float4*, uint64_t*, int, const float (&)[4]) {}
+__device__ inline void store_cluster(float4*, uint64_t*, int, const float4&) {}
 #endif
 
 // What a lane has of a product of 16 rows and 8 sequences: of rows lane / 4 and 8 more, each of
@@ -222,16 +234,15 @@ struct Outputs {
 // kTiles: of 8 sequences, as many as the batch needs. A block takes up to 8 tiles of 16 rows at a
 // time, a warp each, and goes through its part of their elements once.
 template <typename T, int kTiles>
-__global__ void __maxnreg__(matmul_registers(kTiles))
-    decode_matmul_kernel(const __grid_constant__ Matmul<T> m) {
+__global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_constant__ Matmul<T> m) {
   using V = Vec16<T>;
   constexpr int kAhead = steps_ahead(kTiles), kStages = part_stages(kTiles);
   constexpr int kPartSteps = part_steps(kTiles), kPartLanes = 4 * kPartSteps;
   constexpr int kStepPieces = kTiles * kTileSequences * 4;  // of 16 bytes: [step][sequence][4]
   constexpr int kPartPieces = kPartSteps * kStepPieces, kXPieces = kStages * kPartPieces;
   // From a cluster's other blocks: [block][sum][lane]. For many sequences where x was.
-  constexpr int kSums = kBlockWarps * kTiles * kWarpSize / kMaxSplits * (kMaxSplits - 1);
-  constexpr bool kSumsInX = kTiles > 4;
+  constexpr int kSums = (kMaxSplits - 1) * slots_of(kTiles, kMaxSplits) * kWarpSize;
+  constexpr bool kSumsInX = kTiles > 2;
   __shared__ uint4 shared[kSumsInX ? std::max(kXPieces, kSums) : kXPieces + kSums];
   __shared__ uint64_t full[kStages], empty[kStages], received;
   float4* const sums = reinterpret_cast<float4*>(shared + (kSumsInX ? 0 : kXPieces));
@@ -350,15 +361,17 @@ __global__ void __maxnreg__(matmul_registers(kTiles))
 
     Outputs<T> outputs(m, tile);
     if (active && first_sum < kTiles) outputs.load_old(first_sum);
+    const int slots = slots_of(kTiles, splits);
     if (splits > 1) {
       if (kSumsInX) cluster_arrive();
       cluster_wait();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const int number = warp * kTiles + j, to = number & (splits - 1);
-        float4* const at = sums + ((rank - (rank > to)) * ((kBlockWarps * kTiles) >> m.log_splits) +
-                                   (number >> m.log_splits)) * kWarpSize + lane;
-        if (active && to != rank) store_cluster(at, &received, to, sum[j]);
+        const int slot = (rank - (rank > to)) * slots + (number >> m.log_splits);
+        if (active && to != rank)
+          store_cluster(sums + slot * kWarpSize + lane, &received, to,
+                        {sum[j][0], sum[j][1], sum[j][2], sum[j][3]});
       }
     }
     if (!active) continue;
@@ -372,9 +385,9 @@ __global__ void __maxnreg__(matmul_registers(kTiles))
       const float4* at = sums + ((warp * kTiles + j) >> m.log_splits) * kWarpSize + lane;
 #pragma unroll 1
       for (int from = 0; from < splits; ++from) {
-        float4 add = own;
-        if (from != rank) add = *at, at += ((kBlockWarps * kTiles) >> m.log_splits) * kWarpSize;
-        y.x += add.x, y.y += add.y, y.z += add.z, y.w += add.w;
+        float4 part = own;
+        if (from != rank) part = *at, at += slots * kWarpSize;
+        add_to(y, part);
       }
       outputs.write(j, y);
     }
@@ -458,7 +471,8 @@ void run_norm(DecodeLinear* p, void* stream) {
   const int64_t chunks = p->size / Vec16<T>::kSize;
   const auto launch_loads = [&](auto kernel, int loads) {
     const int64_t threads = round_up(ceil_div(chunks, loads), kWarpSize);
-    launch(kMatmul, kernel, step_grid(p->batch), static_cast<unsigned>(threads), 0, stream, *p);
+    launch(kDecodeLinear, kernel, step_grid(p->batch), static_cast<unsigned>(threads), 0, stream,
+           *p);
   };
   if (chunks <= kMaxNormThreads) {
     launch_loads(decode_norm_kernel<T, 1>, 1);
@@ -473,17 +487,24 @@ void run_norm(DecodeLinear* p, void* stream) {
 
 template <typename T, int kTiles>
 void launch_matmul(const DecodeLinear& p, int64_t units, void* stream) {
-  const DeviceInfo& device = device_info(kMatmul);
+  const DeviceInfo& device = device_info(kDecodeLinear);
   const int64_t pair = p.epilogue == Epilogue::kGated;
   const int64_t tiles = ceil_div(units << pair, kTileRows), steps = p.size / kStep;
-  int64_t blocks = ceil_div(tiles, kBlockWarps);
+  // As many blocks as there is room for at once: more warps hide each other's products.
+  const int64_t room = kBlocksOfMultiprocessor * device.num_sms;
+  int64_t blocks = std::min(ceil_div(tiles, kBlockWarps), room);
   int log_splits = 0;
-  if (device.major >= 9) {  // clusters, as long as all blocks run at once, some beside another
-    while ((2 << log_splits) <= kMaxSplits && (2 << log_splits) <= steps &&
-           2 * (blocks << (log_splits + 1)) <= 3 * device.num_sms)
+  if (device.major >= 9) {  // which has clusters
+    // The sums of more blocks meet later: with few sequences, where products take no time, the
+    // largest clusters only where fewer than a block a multiprocessor would be left without them.
+    const auto room_for = [&](int splits) {
+      return splits == kMaxSplits && kTiles <= 2 ? room * 3 / 4 : room;
+    };
+    for (int splits = 2; splits <= kMaxSplits && kMinSteps * splits <= steps; splits *= 2) {
+      if (blocks * splits > room_for(splits)) break;
       ++log_splits;
+    }
   }
-  if (log_splits == 0) blocks = std::min<int64_t>(blocks, device.num_sms);
   const Matmul<T> m = {p,
                        RowTable<T>(p),
                        static_cast<int>(units),
@@ -491,7 +512,7 @@ void launch_matmul(const DecodeLinear& p, int64_t units, void* stream) {
                        log_splits,
                        static_cast<int>(tiles / blocks),
                        static_cast<int>(tiles % blocks)};
-  launch(kMatmul, decode_matmul_kernel<T, kTiles>,
+  launch(kDecodeLinear, decode_matmul_kernel<T, kTiles>,
          step_grid(blocks << log_splits, 1, 1 << log_splits), kBlockThreads, 0, stream, m);
 }
 
@@ -510,10 +531,14 @@ void DecodeMatmulOf<T>::run(const DecodeLinear& p, int64_t units, void* stream) 
         sequences<T>(p, units, first, std::min<int64_t>(p.batch - first, kMaxBatch));
     if (part.norm_weight) run_norm<T>(&part, stream);
     const int64_t tiles = ceil_div(part.batch, kTileSequences);
-    if (tiles <= 1) launch_matmul<T, 1>(part, units, stream);
-    else if (tiles <= 2) launch_matmul<T, 2>(part, units, stream);
-    else if (tiles <= 4) launch_matmul<T, 4>(part, units, stream);
-    else launch_matmul<T, 8>(part, units, stream);
+    if (tiles <= 1)
+      launch_matmul<T, 1>(part, units, stream);
+    else if (tiles <= 2)
+      launch_matmul<T, 2>(part, units, stream);
+    else if (tiles <= 4)
+      launch_matmul<T, 4>(part, units, stream);
+    else
+      launch_matmul<T, 8>(part, units, stream);
   }
 }
 

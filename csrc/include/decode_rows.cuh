@@ -109,7 +109,6 @@ __device__ void write_output(const DecodeLinear& p, int64_t index, float y, floa
   store(static_cast<T*>(p.out) + index, Vec<T, 1>::from({y}));
 }
 
-
 constexpr const char* kDecodeLinear = "decode_linear";  // the op's name in errors
 constexpr int64_t kMaxStride = 1 << 20;  // so that int counts from one row of a block to the next
 

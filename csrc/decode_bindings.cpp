@@ -24,6 +24,16 @@ void check_matrix(const char* op, const char* name, const Tensor& t, int64_t row
 
 int64_t* int64_of(const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); }
 
+// Scratch for p, from torch's allocator: it belongs to the stream, or to the graph that is
+// captured.
+Tensor with_workspace(DecodeLinear* p, const Tensor& like) {
+  const int64_t bytes = decode_linear_workspace_size(*p);
+  if (bytes == 0) return nothing();
+  Tensor workspace = empty(like, {bytes}, ScalarType::Byte);
+  p->workspace = workspace.data_ptr();
+  return workspace;
+}
+
 DecodeLinear checked_linear(const Tensor& out, const Tensor& x, const OptionalTensor& norm_weight,
                             const OptionalTensor& norm_bias, double eps, bool rms,
                             const Tensor& weight1, const OptionalTensor& weight2,
@@ -95,10 +105,11 @@ void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTen
                    double eps, bool rms, Tensor weight1, OptionalTensor weight2,
                    OptionalTensor weight3, OptionalTensor bias1, OptionalTensor bias2,
                    OptionalTensor bias3, int64_t epilogue, int64_t act) {
-  const DecodeLinear p = checked_linear(out, x, norm_weight, norm_bias, eps, rms, weight1, weight2,
-                                        weight3, bias1, bias2, bias3, epilogue, act);
+  DecodeLinear p = checked_linear(out, x, norm_weight, norm_bias, eps, rms, weight1, weight2,
+                                  weight3, bias1, bias2, bias3, epilogue, act);
   if (out.numel() == 0) return;
   DeviceGuard guard(x);
+  const Tensor workspace = with_workspace(&p, x);
   hf_fuse::decode_linear(p, stream_of(x));
 }
 
@@ -113,12 +124,14 @@ void decode_linear_two(Tensor out1, Tensor out2, Tensor x, Tensor norm_weight1,
     return checked_linear(out, x, norm_weight, norm_bias, eps, rms, weight, none, none, bias, none,
                           none, static_cast<int64_t>(epilogue), act);
   };
-  const DecodeLinear a = checked(out1, norm_weight1, norm_bias1, weight1, bias1, Epilogue::kStore);
-  const DecodeLinear b = checked(out2, norm_weight2, norm_bias2, weight2, bias2, Epilogue::kAct);
+  DecodeLinear a = checked(out1, norm_weight1, norm_bias1, weight1, bias1, Epilogue::kStore);
+  DecodeLinear b = checked(out2, norm_weight2, norm_bias2, weight2, bias2, Epilogue::kAct);
   check_like("decode_linear", "weight2", weight2, "weight1", weight1);
   if (out1.numel() == 0 || out2.numel() == 0)
     fail("decode_linear: two projections need rows, got ", shape_of(out1), " and ", shape_of(out2));
   DeviceGuard guard(x);
+  const Tensor workspace = with_workspace(&a, x);  // one for both: one runs after the other
+  b.workspace = a.workspace;
   hf_fuse::decode_linear_two(a, b, stream_of(x));
 }
 

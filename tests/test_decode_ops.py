@@ -23,6 +23,7 @@ from hf_fuse.ops import (
 from hf_fuse.ops.activations import ACTIVATIONS
 from hf_fuse.ops.decode_attention import reference as attention_reference
 from hf_fuse.ops.decode_embed import reference as embed_reference
+from hf_fuse.ops.decode_linear import normed
 from hf_fuse.ops.decode_linear import reference as linear_reference
 from hf_fuse.ops.decode_select import reference as select_reference
 from hf_fuse.ops.decode_select import workspace
@@ -84,9 +85,21 @@ class Linear:
             self, x=f(self.x), weights=[*weights], biases=[*biases], norm=norm, start=g(self.start)
         )
 
+    def normed_first(self) -> Linear:
+        """The same with the normed row as x, rounded to the weights' dtype."""
+        return replace(self, x=normed(self.x, self.norm).to(self.weights[0].dtype), norm=None)
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether the kernel for many sequences runs, which reads a normed row that is rounded."""
+        few = self.x.device.type == "cpu" or len(self.x) < 3
+        return not few and self.weights[0].dtype != torch.float32 and self.x.shape[1] % 32 == 0
+
     def check(self) -> None:
         """An fp32 sum of few terms may lose two roundings where torch was lucky."""
-        fused, unfused = self(backend=self.x.device.type), self(linear_reference)
+        fused = self(backend=self.x.device.type)
+        like = self.normed_first() if self.norm and self.on_tensor_cores else self
+        unfused = like(linear_reference)
         truth = self.map(Tensor.double)(linear_reference)
         atol = torch.finfo(fused.dtype).eps * (2 if fused.dtype == torch.float32 else 0.5)
         assert_within(fused, unfused, truth, atol=atol)
@@ -220,6 +233,71 @@ def test_linear_on_cpu_takes_no_notice_of_the_other_sequences(dtype: torch.dtype
     together = call()
     for b in range(7):
         assert_equal(replace(call, x=call.x[b : b + 1])(), together[b : b + 1])
+
+
+MANY = [3, 5, 8, 16, 17, 33, 64, 65]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+@pytest.mark.parametrize("batch", MANY)
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    # few rows, which a cluster of blocks shares; ragged; more than the blocks take at once
+    [(2048, [40, 9, 3]), (1600, [333]), (8192, [130]), (64, [36001]), (768, [17])],
+    ids=name_of,
+)
+def test_linear_of_many_sequences(
+    size: int, rows: list[int], batch: int, dtype: torch.dtype, device: str
+) -> None:
+    biases = [index % 2 == 0 for index in range(len(rows))]
+    for norm, epilogue in (("none", "add"), ("rms", "store"), ("layer_bias", "act")):
+        call = make_linear(
+            size, rows, dtype, device, batch=batch, norm=norm, biases=biases, epilogue=epilogue
+        )
+        if norm == "none" or device == "cuda":
+            call.check()
+    if device == "cuda":
+        assert torch.equal(call(backend=device), call(backend=device))
+
+
+@pytest.mark.parametrize("batch", [5, 33])
+def test_gated_of_many_sequences_with_strided_rows(batch: int, device: str) -> None:
+    call = make_linear(
+        320, [261, 261], torch.bfloat16, device, batch=batch, norm="rms", biases=(True, True),
+        epilogue="gated", act="silu",
+    )  # fmt: skip
+    wide = [torch.cat((w, w), 1) for w in call.weights]
+    replace(call, weights=[wide[0][:, :320], wide[1][:, 320:]]).check()
+
+
+def test_a_sequence_does_not_depend_on_the_others(device: str) -> None:
+    call = make_linear(2048, [130], torch.bfloat16, device, batch=16, norm="rms")
+    out = call(backend=device)
+    for batch in (3, 5, 8):
+        assert torch.equal(replace(call, x=call.x[:batch].clone())(backend=device), out[:batch])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("batch", "size", "dtype", "kernel"),
+    [
+        (2, 64, torch.bfloat16, "decode_linear_kernel"),
+        (3, 64, torch.bfloat16, "decode_matmul_kernel"),
+        (64, 64, torch.float16, "decode_matmul_kernel"),
+        (3, 64, torch.float32, "decode_linear_kernel"),
+        (3, 40, torch.bfloat16, "decode_linear_kernel"),
+        (3, 33, torch.bfloat16, "decode_linear_elements_kernel"),
+    ],
+    ids=name_of,
+)
+def test_which_kernel_runs(batch: int, size: int, dtype: torch.dtype, kernel: str) -> None:
+    call = make_linear(size, [5], dtype, "cuda", batch=batch, norm="rms")
+    call(backend="cuda")
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call(backend="cuda")
+        torch.cuda.synchronize()
+    assert any(kernel in event.key for event in profile.key_averages())
 
 
 def replace_weight(call: Linear, weight: Tensor) -> Linear:

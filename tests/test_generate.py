@@ -89,7 +89,7 @@ def test_more_sequences_than_the_kernels_are_for(case: Case, device: str) -> Non
 def test_projections_by_matrix_products_alone(
     case: Case, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_fuse.decode.projection.by_matmul", lambda x, backend: True)
+    monkeypatch.setattr("hf_fuse.decode.projection.by_matmul", lambda x, projection, backend: True)
     model = heads_of_16(case).build(device=device)
     with count_ops() as calls:
         compare(model, 24, **padded(tokens_for(model, 3, 13), "left"))

@@ -6,7 +6,12 @@ import pytest
 import torch
 from helpers import assert_within
 
-from hf_fuse.decode.projection import MAX_SEQUENCES, by_matmul, matmul
+from hf_fuse.decode.projection import (
+    MAX_SEQUENCES,
+    MAX_SEQUENCES_OF_OTHERS,
+    by_matmul,
+    matmul,
+)
 from hf_fuse.decode.spec import Norm, Projection
 from hf_fuse.ops.decode_linear import reference
 
@@ -58,8 +63,20 @@ def test_matmul_is_decode_linear(epilogue: str, kind: str, dtype: torch.dtype, d
     assert_within(fused, truth.to(dtype).to(out_dtype), truth, atol=atol)
 
 
-def test_few_sequences_stay_with_the_kernels(device: str) -> None:
-    few, many = (torch.empty(n, 8, device=device) for n in (MAX_SEQUENCES, MAX_SEQUENCES + 1))
-    assert not by_matmul(few, "auto")
-    assert by_matmul(many, "auto") == (device == "cuda")
-    assert not by_matmul(many, "reference")
+@pytest.mark.parametrize(
+    ("size", "dtype", "most"),
+    [
+        (64, torch.bfloat16, MAX_SEQUENCES),
+        (64, torch.float16, MAX_SEQUENCES),
+        (64, torch.float32, MAX_SEQUENCES_OF_OTHERS),
+        (40, torch.bfloat16, MAX_SEQUENCES_OF_OTHERS),  # not whole steps of the tensor cores
+    ],
+)
+def test_few_sequences_stay_with_the_kernels(
+    size: int, dtype: torch.dtype, most: int, device: str
+) -> None:
+    few, many = (torch.empty(n, size, device=device) for n in (most, most + 1))
+    projection = Projection((torch.empty(3, size, dtype=dtype, device=device),), (None,))
+    assert not by_matmul(few, projection, "auto")
+    assert by_matmul(many, projection, "auto") == (device == "cuda")
+    assert not by_matmul(many, projection, "reference")

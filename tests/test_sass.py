@@ -59,9 +59,10 @@ def kernels(source: str) -> Iterator[tuple[str, list[str]]]:
     ("source", "kernel", "expected"),
     [
         ("decode_linear_bfloat16.cu", "decode_linear_kernel", 5),
+        ("decode_matmul_bfloat16.cu", "decode_matmul_kernel", 8),
         ("decode_attention.cu", "decode_attention_kernel", 2),
     ],
-    ids=["decode_linear", "decode_attention"],
+    ids=["decode_linear", "decode_matmul", "decode_attention"],
 )
 def test_first_loads_come_before_the_wait(source: str, kernel: str, expected: int) -> None:
     seen = 0

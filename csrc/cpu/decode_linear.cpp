@@ -186,6 +186,8 @@ void run(const DecodeLinear& p) {
 
 }  // namespace
 
+int64_t decode_linear_workspace_size(const DecodeLinear&) { return 0; }
+
 void decode_linear(const DecodeLinear& p, void*) {
   dispatch_decode("decode_linear", p.dtype, [&](auto type) { run<decltype(type)>(p); });
 }

@@ -3,6 +3,18 @@
 
 namespace hf_fuse {
 
+// The normed rows of x.
+int64_t decode_linear_workspace_size(const DecodeLinear& p) {
+  int64_t bytes = 0;
+  dispatch_dtype(kDecodeLinear, p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) == 2) {
+      if (p.norm_weight && DecodeMatmulOf<T>::can_run(p)) bytes = p.batch * p.size * sizeof(T);
+    }
+  });
+  return bytes;
+}
+
 void decode_linear(const DecodeLinear& p, void* stream) {
   constexpr int64_t kMaxUnits = 1 << 30;  // so that int counts rows and adds them up
   int64_t units = p.weights[0].rows;
@@ -11,7 +23,12 @@ void decode_linear(const DecodeLinear& p, void* stream) {
     throw std::runtime_error("hf_fuse.decode_linear: too many rows: " + std::to_string(units));
   }
   dispatch_dtype(kDecodeLinear, p.dtype, [&](auto tag) {
-    DecodeLinearOf<typename decltype(tag)::type>::run(p, units, stream);
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) == 2) {
+      if (DecodeMatmulOf<T>::can_run(p) && (p.workspace || !p.norm_weight))
+        return DecodeMatmulOf<T>::run(p, units, stream);
+    }
+    DecodeLinearOf<T>::run(p, units, stream);
   });
 }
 

@@ -36,8 +36,10 @@ struct DecodeLinear {
   Rows weights[3];
   Epilogue epilogue;
   Act act;
-  void* out;  // [batch, all rows; kGated: the first's]
+  void* out;        // [batch, all rows; kGated: the first's]
+  void* workspace;  // decode_linear_workspace_size() bytes, or null: slower with many sequences
 };
+int64_t decode_linear_workspace_size(const DecodeLinear& p);
 void decode_linear(const DecodeLinear& p, void* stream);
 // Both, of the same x, dtype, eps and kind of norm, one weight each; neither reads what the other
 // writes.

@@ -35,7 +35,6 @@ constexpr int registers_of(bool norm, int loads, int batch) {
   if (batch == 1 && loads == 1 && !norm) return 64;
   return batch == 1 && loads <= (norm ? 2 : 4) ? kUsualRegisters : 128;
 }
-constexpr int64_t kMaxStride = 1 << 20;  // so that int counts from one row of a block to the next
 
 // At the end kParts lanes add the sums of up to 8 warps, or of 16, two a lane.
 constexpr int kParts = 8, kMaxParts = 2 * kParts;
@@ -479,30 +478,6 @@ bool launch_batch(const DecodeLinear& p, int64_t units, void* stream) {
   if (p.batch == 4) return launch_loads<T, kNorm, 4>(p, units, stream);
   if (p.batch == 2) return launch_loads<T, kNorm, 2>(p, units, stream);
   return launch_loads<T, kNorm, 1>(p, units, stream);
-}
-
-// Sequences `first` to `first + count` of p.
-template <typename T>
-DecodeLinear sequences(const DecodeLinear& p, int64_t units, int64_t first, int64_t count) {
-  const bool wide_out = p.epilogue == Epilogue::kStore || p.epilogue == Epilogue::kAdd;
-  const int64_t x_bytes = p.norm_weight ? sizeof(float) : sizeof(T);
-  const int64_t out_bytes = wide_out ? sizeof(float) : sizeof(T);
-  DecodeLinear part = p;
-  part.batch = count;
-  part.x = static_cast<const char*>(p.x) + first * p.size * x_bytes;
-  part.out = static_cast<char*>(p.out) + first * units * out_bytes;
-  return part;
-}
-
-template <typename T>
-bool readable_by_vectors(const DecodeLinear& p) {
-  const auto* w = p.weights;
-  return p.size > 0 && p.size % Vec16<T>::kSize == 0 &&
-         std::max({w[0].stride, w[1].stride, w[2].stride}) <= kMaxStride &&
-         rows_aligned({{p.x}, {p.norm_weight}, {p.norm_bias}}, 1, sizeof(T)) &&
-         rows_aligned({{w[0].weight, w[0].stride}}, w[0].rows, sizeof(T)) &&
-         rows_aligned({{w[1].weight, w[1].stride}}, w[1].rows, sizeof(T)) &&
-         rows_aligned({{w[2].weight, w[2].stride}}, w[2].rows, sizeof(T));
 }
 
 template <typename T, NormKind kNorm>

@@ -1,6 +1,8 @@
 // What the two kernels of decode_linear share: where rows and biases are, and what becomes of a
 // sum.
 #pragma once
+#include <algorithm>
+
 #include "activation.cuh"
 #include "decode.cuh"
 #include "decode.h"
@@ -108,6 +110,31 @@ __device__ void write_output(const DecodeLinear& p, int64_t index, float y, floa
 }
 
 constexpr const char* kDecodeLinear = "decode_linear";  // the op's name in errors
+constexpr int64_t kMaxStride = 1 << 20;  // so that int counts from one row of a block to the next
+
+// Sequences `first` to `first + count` of p.
+template <typename T>
+DecodeLinear sequences(const DecodeLinear& p, int64_t units, int64_t first, int64_t count) {
+  const bool wide_out = p.epilogue == Epilogue::kStore || p.epilogue == Epilogue::kAdd;
+  const int64_t x_bytes = p.norm_weight ? sizeof(float) : sizeof(T);
+  const int64_t out_bytes = wide_out ? sizeof(float) : sizeof(T);
+  DecodeLinear part = p;
+  part.batch = count;
+  part.x = static_cast<const char*>(p.x) + first * p.size * x_bytes;
+  part.out = static_cast<char*>(p.out) + first * units * out_bytes;
+  return part;
+}
+
+template <typename T>
+bool readable_by_vectors(const DecodeLinear& p) {
+  const auto* w = p.weights;
+  return p.size > 0 && p.size % Vec16<T>::kSize == 0 &&
+         std::max({w[0].stride, w[1].stride, w[2].stride}) <= kMaxStride &&
+         rows_aligned({{p.x}, {p.norm_weight}, {p.norm_bias}}, 1, sizeof(T)) &&
+         rows_aligned({{w[0].weight, w[0].stride}}, w[0].rows, sizeof(T)) &&
+         rows_aligned({{w[1].weight, w[1].stride}}, w[1].rows, sizeof(T)) &&
+         rows_aligned({{w[2].weight, w[2].stride}}, w[2].rows, sizeof(T));
+}
 
 // decode_linear.cuh: of a dtype; `run_two` answers whether one kernel can do both.
 template <typename T>
@@ -115,6 +142,14 @@ struct DecodeLinearOf {
   static void run(const DecodeLinear& p, int64_t units, void* stream);
   static bool run_two(const DecodeLinear& a, const DecodeLinear& b, void* stream);
 };
+
+// decode_matmul.cuh: many sequences at once, on tensor cores; with a norm it needs the workspace.
+template <typename T>
+struct DecodeMatmulOf {
+  static bool can_run(const DecodeLinear& p);
+  static void run(const DecodeLinear& p, int64_t units, void* stream);
+};
+constexpr int64_t kMaxMatmulSize = 16384;  // a row's norm fits a block's registers
 
 // decode_linear_elements.cu: of any size and alignment, one sequence.
 void decode_linear_elements(const DecodeLinear& p, int64_t units, void* stream);

@@ -1,4 +1,4 @@
-"""A step's projections: by the decode_linear kernels, or for many sequences by matrix products."""
+"""A step's projections: by the decode_linear kernels, or for very many sequences by cuBLAS."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from hf_fuse.decode.spec import Norm, Projection
 from hf_fuse.ops.activations import ACTIVATIONS
 from hf_fuse.ops.decode_linear import finish, normed
 
-# The kernels read the weights once for every 4 sequences; above this many, on a GPU, matrix
-# products on tensor cores (cuBLAS) read them once for all.
-MAX_SEQUENCES = 8
+# On a GPU decode_linear reads 16-bit weights once for this many sequences, on tensor cores, where a
+# row suits them; all others once for every 4. Above, cuBLAS.
+MAX_SEQUENCES, MAX_SEQUENCES_OF_OTHERS = 64, 8
+TENSOR_CORE_SIZES = range(32, 16384 + 1, 32)
 
 
 def project(
@@ -26,7 +27,7 @@ def project(
     backend: str = "auto",
 ) -> None:
     """`ops.decode_linear`, by its kernels or by matrix products."""
-    if by_matmul(x, backend):
+    if by_matmul(x, projection, backend):
         matmul(out, x, projection, norm=norm, epilogue=epilogue, act=act)
         return
     ops.decode_linear(
@@ -45,7 +46,7 @@ def project_two(
     backend: str = "auto",
 ) -> None:
     """`ops.decode_linear_two`, likewise."""
-    if by_matmul(x, backend):
+    if by_matmul(x, projections[0], backend):
         for out, projection, norm, epilogue in zip(
             outs, projections, norms, ("store", "act"), strict=True
         ):
@@ -58,9 +59,11 @@ def project_two(
     )  # fmt: skip
 
 
-def by_matmul(x: Tensor, backend: str) -> bool:
+def by_matmul(x: Tensor, projection: Projection, backend: str) -> bool:
     """Whether `x`, [batch, size], has sequences enough."""
-    return x.is_cuda and backend != "reference" and len(x) > MAX_SEQUENCES
+    suits = projection.weights[0].dtype != torch.float32 and x.shape[1] in TENSOR_CORE_SIZES
+    most = MAX_SEQUENCES if suits else MAX_SEQUENCES_OF_OTHERS
+    return x.is_cuda and backend != "reference" and len(x) > most
 
 
 def matmul(

@@ -1,0 +1,3 @@
+#include "../include/decode_matmul.cuh"
+
+template struct hf_fuse::DecodeMatmulOf<__nv_bfloat16>;

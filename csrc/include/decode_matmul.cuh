@@ -1,0 +1,545 @@
+// out = epilogue(weights · x + biases) on tensor cores, for up to 64 sequences at once (decode.h).
+//
+// Bytes: the weights, once. x is read from L2, once for every 128 rows of weights, so at most half
+// as many bytes as the weights. What the speed rests on:
+// - The order of the sum over a row is free. So a lane's operand of a product, which is four words
+//   of a row far apart, is taken as 16 bytes that lie together, of x alike: weights go from memory
+//   into the registers that the tensor cores read, and x into and out of shared memory, in whole
+//   16-byte pieces, without a bank conflict.
+// - A warp takes 16 rows and has 4 or 8 steps of 32 elements of them under way, 64 KB and more a
+//   multiprocessor, also from one 16 rows to the next; the first before the kernel waits for x.
+// - x comes in parts, which barriers in shared memory count, so that a warp need not wait for the
+//   slowest of its block at each of them.
+// - Few rows would leave multiprocessors idle: then the blocks of a cluster share the row's
+//   elements, and send their sums to the block that finishes them.
+// - Every sum has one order: the same input gives the same bits.
+//
+// A norm goes before it, in a kernel of its own: in every block it would be done again.
+//
+// Included by a file for each dtype, so that they compile side by side.
+#pragma once
+#include <algorithm>
+
+#include "decode_rows.cuh"
+#include "reduce.cuh"
+
+namespace hf_fuse {
+namespace {
+
+constexpr int kMinBatch = 3;       // for fewer, the kernels without tensor cores
+constexpr int kMaxBatch = 64;      // at once
+constexpr int kStep = 32;          // elements of a row: 16 bytes for each of four lanes
+constexpr int kTileRows = 16;      // of weights, that a warp takes at once
+constexpr int kTileSequences = 8;  // of a product
+constexpr int kBlockWarps = 8;
+constexpr int kBlockThreads = kBlockWarps * kWarpSize;
+constexpr int kMaxSplits = 8;  // blocks of a cluster
+constexpr int kMinSteps = 4;   // of each of them
+constexpr int kLead = 2;       // parts of x on their way before the first is used
+
+// Steps of weights that a warp has under way: with many sequences fewer, so that several operands
+// of x find room beside them.
+constexpr int steps_ahead(int tiles) { return tiles > 2 ? 4 : 8; }
+// Steps of a part of x, and parts in shared memory, of which two kernels' blocks find room in it.
+constexpr int part_steps(int tiles) { return tiles == 1 ? 8 : tiles <= 4 ? 4 : 2; }
+constexpr int part_stages(int tiles) { return tiles > 2 ? 3 : 4; }
+constexpr int kBlocksOfMultiprocessor = 2, kRegisters = 128;  // of a thread, so that there are
+
+// Sums of 16 rows and 8 sequences that a block of a cluster finishes.
+__host__ __device__ constexpr int slots_of(int tiles, int splits) {
+  return kBlockWarps * tiles > splits ? kBlockWarps * tiles / splits : 1;
+}
+
+template <typename T>
+struct Matmul {
+  DecodeLinear p;
+  RowTable<T> all;
+  int units, steps, log_splits;
+  int block_tiles, longer;  // tiles of 16 rows of a cluster; the first `longer` have one more
+};
+
+template <typename T>
+__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                         uint32_t b0, uint32_t b1) {
+  // Volatile: the loads that follow into a's registers stay behind it.
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// sum += 16 rows of weights, of which w has two and the other lanes the rest, times a step of x.
+template <typename T, int kTiles>
+__device__ void multiply_step(float (&sum)[kTiles][4], const Vec16<T> (&w)[2], const uint4* x) {
+  constexpr int kTogether = kTiles < 4 ? kTiles : 4;  // so that no product waits for the one before
+  const auto &a = w[0].words, &b = w[1].words;
+#pragma unroll
+  for (int j = 0; j < kTiles; j += kTogether) {
+    uint4 v[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) v[i] = x[(j + i) * kTileSequences * 4];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      multiply<T>(sum[j + i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      multiply<T>(sum[j + i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
+  }
+}
+
+__device__ inline void add_to(float4& y, const float4& v) {
+  y.x += v.x, y.y += v.y, y.z += v.z, y.w += v.w;
+}
+
+// y = c if `take`. In C++ the compiler would make an array in memory of them all.
+__device__ inline void take_if(bool take, const float (&c)[4], float4& y) {
+  asm("{\n.reg .pred p;\nsetp.ne.s32 p, %8, 0;\n"
+      "selp.f32 %0, %4, %0, p;\nselp.f32 %1, %5, %1, p;\n"
+      "selp.f32 %2, %6, %2, p;\nselp.f32 %3, %7, %3, p;\n}"
+      : "+f"(y.x), "+f"(y.y), "+f"(y.z), "+f"(y.w)
+      : "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(static_cast<int>(take)));
+}
+
+// Barriers in shared memory. Parity: of the number of times that it was complete.
+__device__ inline uint32_t address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals)
+               : "memory");
+}
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address_of(barrier))
+      : "memory");
+}
+// Once this thread's copies are there.
+__device__ inline void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address_of(barrier))
+               : "memory");
+}
+
+__device__ inline void wait_for(uint64_t* barrier, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define HF_FUSE_WAIT "mbarrier.try_wait"
+#else
+#define HF_FUSE_WAIT "mbarrier.test_wait"
+#endif
+  int done = 0;
+  while (!done) {
+    asm volatile("{\n.reg .pred p;\n" HF_FUSE_WAIT
+                 ".parity.shared.b64 p, [%1], %2;\n"
+                 "selp.s32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address_of(barrier)), "r"(parity)
+                 : "memory");
+  }
+#undef HF_FUSE_WAIT
+}
+
+// Between the blocks of a cluster.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// `bytes` that others store here complete the barrier.
+__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "fence.mbarrier_init.release.cluster;\n"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+__device__ inline void cluster_arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// To where `ptr` is in the block `rank`, counted by `barrier` there.
+__device__ inline void store_cluster(float4* ptr, uint64_t* barrier, int rank, const float4& v) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, "
+      "[counter];\n}" ::"r"(address_of(ptr)),
+      "r"(address_of(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+#else
+__device__ inline void expect_bytes(uint64_t*, int) {}
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+__device__ inline void store_cluster(float4*, uint64_t*, int, const float4&) {}
+#endif
+
+// What a lane has of a product of 16 rows and 8 sequences: of rows lane / 4 and 8 more, each of
+// sequences lane % 4 * 2 and the next. Gated, the tile's first 8 rows are of the first weight and
+// the others the second's rows of the same units.
+template <typename T>
+struct Outputs {
+  const Matmul<T>& m;
+  int unit[2];
+  Extras<T, Layout::kAny> extras[2];
+  float old[4];
+
+  __device__ static int unit_of(const Matmul<T>& m, int tile, int half) {
+    const int lane = threadIdx.x % kWarpSize;
+    return m.all.pair ? tile * (kTileRows / 2) + lane / 4
+                      : tile * kTileRows + half * (kTileRows / 2) + lane / 4;
+  }
+  __device__ Outputs(const Matmul<T>& m, int tile)
+      : m(m),
+        unit{unit_of(m, tile, 0), unit_of(m, tile, 1)},
+        extras{{m.all, min(unit[0], m.units - 1)}, {m.all, min(unit[1], m.units - 1)}} {}
+
+  __device__ bool present(int i, int sequence) const {
+    return sequence < m.p.batch && unit[i / 2] < m.units && (i < 2 || !m.all.pair);
+  }
+  __device__ int64_t index(int i, int sequence) const {
+    return int64_t{sequence} * m.units + unit[i / 2];
+  }
+  __device__ static int sequence_of(int tile, int i) {
+    return tile * kTileSequences + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+  }
+  __device__ void load_old(int tile) {
+    if (m.p.epilogue != Epilogue::kAdd) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int sequence = sequence_of(tile, i);
+      if (present(i, sequence))
+        old[i] = load_float(static_cast<const float*>(m.p.out) + index(i, sequence));
+    }
+  }
+  __device__ void write(int tile, const float4& y) {
+    const float v[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int sequence = sequence_of(tile, i);
+      Extras<T, Layout::kAny> with = extras[i / 2];
+      if (m.p.epilogue == Epilogue::kAdd) with.old = old[i];
+      if (present(i, sequence)) write_output(m.p, index(i, sequence), v[i], v[i % 2 + 2], with);
+    }
+  }
+};
+
+// kTiles: of 8 sequences, as many as the batch needs. A block takes up to 8 tiles of 16 rows at a
+// time, a warp each, and goes through its part of their elements once.
+template <typename T, int kTiles>
+__global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_constant__ Matmul<T> m) {
+  using V = Vec16<T>;
+  constexpr int kAhead = steps_ahead(kTiles), kStages = part_stages(kTiles);
+  constexpr int kPartSteps = part_steps(kTiles), kPartLanes = 4 * kPartSteps;
+  constexpr int kStepPieces = kTiles * kTileSequences * 4;  // of 16 bytes: [step][sequence][4]
+  constexpr int kPartPieces = kPartSteps * kStepPieces, kXPieces = kStages * kPartPieces;
+  // From a cluster's other blocks: [block][sum][lane]. For many sequences where x was.
+  constexpr int kSums = (kMaxSplits - 1) * slots_of(kTiles, kMaxSplits) * kWarpSize;
+  constexpr bool kSumsInX = kTiles > 2;
+  __shared__ uint4 shared[kSumsInX ? std::max(kXPieces, kSums) : kXPieces + kSums];
+  __shared__ uint64_t full[kStages], empty[kStages], received;
+  float4* const sums = reinterpret_cast<float4*>(shared + (kSumsInX ? 0 : kXPieces));
+  pdl_trigger();
+  const DecodeLinear& p = m.p;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int group = lane / 4, quarter = lane % 4;
+  const int splits = 1 << m.log_splits, rank = blockIdx.x & (splits - 1);
+  const int block = blockIdx.x >> m.log_splits;
+  const int first_step = (m.steps * rank) >> m.log_splits;
+  const int steps = ((m.steps * (rank + 1)) >> m.log_splits) - first_step;
+  const int begin = block * m.block_tiles + min(block, m.longer);
+  const int end = begin + m.block_tiles + (block < m.longer);
+
+  const T* row[2];  // the lane's elements of the two rows it loads of a tile
+  const auto seek = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int unit = min(Outputs<T>::unit_of(m, tile, i), m.units - 1);
+      row[i] = m.all.row(unit, m.all.pair ? i : 0) + first_step * kStep + quarter * V::kSize;
+    }
+  };
+  V w[kAhead][2];
+  seek(begin + warp);
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      load_weights<true>(w[s][i], row[i] + s * kStep, begin + warp < end && s < steps);
+  }
+
+  // Sum j of warp w, of 16 rows and 8 sequences, has the number w * kTiles + j. Of a cluster, block
+  // number % splits adds it up and finishes it.
+  const int first_sum = (rank - warp * kTiles) & (splits - 1);  // of this warp's
+  const auto sums_of = [&](int block, int warps) {
+    return (warps * kTiles - block + splits - 1) >> m.log_splits;
+  };
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(&full[i], kBlockThreads);
+      init_barrier(&empty[i], kBlockWarps);
+    }
+    if (splits > 1) {
+      init_barrier(&received, 1);
+      expect_bytes(&received, (splits - 1) * sums_of(rank, end - begin) * kWarpSize * 16);
+    }
+  }
+  __syncthreads();
+  if (splits > 1 && !kSumsInX) cluster_arrive();
+
+  // The pieces of a part of x that a thread copies: one of each of kRounds sequences.
+  constexpr int kRoundSequences = kBlockThreads / kPartLanes;
+  constexpr int kRounds = (kTiles * kTileSequences + kRoundSequences - 1) / kRoundSequences;
+  const int piece = threadIdx.x % kPartLanes, sequence = threadIdx.x / kPartLanes;
+  const int size = static_cast<int>(p.size), batch = static_cast<int>(p.batch);
+  const T* const x =
+      static_cast<const T*>(p.x) + sequence * size + first_step * kStep + piece * V::kSize;
+  uint4* const x_to = shared + piece / 4 * kStepPieces + sequence * 4 + piece % 4;
+  const int parts = (steps + kPartSteps - 1) / kPartSteps;
+  int loads_left = (end - begin + kBlockWarps - 1) / kBlockWarps * parts, part_to_load = 0;
+  int load_stage = 0, load_parity = 1;
+  const auto load_x = [&] {
+    if (loads_left == 0) return;
+    wait_for(&empty[load_stage], load_parity);  // at first it is
+#pragma unroll
+    for (int n = 0; n < kRounds; ++n) {
+      const int row = n * kRoundSequences;
+      if (sequence + row < batch && part_to_load * kPartSteps + piece / 4 < steps)
+        copy_async(x_to + load_stage * kPartPieces + row * 4,
+                   x + row * size + part_to_load * (kPartSteps * kStep));
+    }
+    arrive_after_copies(&full[load_stage]);
+    --loads_left;
+    if (++part_to_load == parts) part_to_load = 0;
+    if (++load_stage == kStages) load_stage = 0, load_parity ^= 1;
+  };
+  pdl_wait();
+#pragma unroll
+  for (int i = 0; i < kLead; ++i) load_x();
+
+  int stage = 0, parity = 0;
+  for (int first = begin; first < end; first += kBlockWarps) {
+    const int tile = first + warp;
+    const bool active = tile < end;
+    float sum[kTiles][4] = {};
+    const uint4* part = shared;
+    for (int step = 0; step < steps; step += kAhead) {
+      int ahead = 0;  // steps there are to load
+      if (step + kAhead < steps) {
+        row[0] += kAhead * kStep, row[1] += kAhead * kStep;
+        if (active) ahead = steps - step - kAhead;
+      } else {
+        seek(tile + kBlockWarps);
+        if (tile + kBlockWarps < end) ahead = steps;
+      }
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        if (step + s < steps) {
+          if (s % kPartSteps == 0) {
+            wait_for(&full[stage], parity);
+            part = shared + stage * kPartPieces + group * 4 + quarter;
+          }
+          if (active) multiply_step<T>(sum, w[s], part + s % kPartSteps * kStepPieces);
+          if (s % kPartSteps == 0) load_x();
+          if (s % kPartSteps == kPartSteps - 1 || step + s == steps - 1) {
+            __syncwarp();
+            if (lane == 0) arrive(&empty[stage]);
+            if (++stage == kStages) stage = 0, parity ^= 1;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) load_weights<false>(w[s][i], row[i] + s * kStep, s < ahead);
+      }
+    }
+
+    Outputs<T> outputs(m, tile);
+    if (active && first_sum < kTiles) outputs.load_old(first_sum);
+    const int slots = slots_of(kTiles, splits);
+    if (splits > 1) {
+      if (kSumsInX) cluster_arrive();
+      cluster_wait();
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int number = warp * kTiles + j, to = number & (splits - 1);
+        const int slot = (rank - (rank > to)) * slots + (number >> m.log_splits);
+        if (active && to != rank)
+          store_cluster(sums + slot * kWarpSize + lane, &received, to,
+                        {sum[j][0], sum[j][1], sum[j][2], sum[j][3]});
+      }
+    }
+    if (!active) continue;
+    if (splits > 1 && first_sum < kTiles) wait_for(&received, 0);
+#pragma unroll 1
+    for (int j = first_sum; j < kTiles; j += splits) {
+      if (j != first_sum) outputs.load_old(j);
+      float4 own = {}, y = {};
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) take_if(k == j, sum[k], own);
+      const float4* at = sums + ((warp * kTiles + j) >> m.log_splits) * kWarpSize + lane;
+#pragma unroll 1
+      for (int from = 0; from < splits; ++from) {
+        float4 part = own;
+        if (from != rank) part = *at, at += slots * kWarpSize;
+        add_to(y, part);
+      }
+      outputs.write(j, y);
+    }
+  }
+}
+
+// out[b] = norm(x[b]), rounded to the dtype, as transformers' layers do. A block a sequence; x is
+// read once, and stays in registers.
+template <typename T, int kLoads>
+__global__ void decode_norm_kernel(const __grid_constant__ DecodeLinear p) {
+  using V = Vec16<T>;
+  __shared__ float means[1][kMaxWarps], squares[1][kMaxWarps];
+  pdl_trigger();
+  const auto offset = [](int i) {
+    return static_cast<int>(threadIdx.x + i * blockDim.x) * V::kSize;
+  };
+  const int size = static_cast<int>(p.size);
+  const T* const norm_weight = static_cast<const T*>(p.norm_weight);
+  const T* const norm_bias = static_cast<const T*>(p.norm_bias);
+  V weight[kLoads], bias[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    bias[i] = {};
+    load_weights<true>(weight[i], norm_weight + offset(i), offset(i) < size);
+    if (norm_bias) load_weights<true>(bias[i], norm_bias + offset(i), offset(i) < size);
+  }
+  pdl_wait();
+  const float* const row = static_cast<const float*>(p.x) + blockIdx.x * p.size;
+  Floats<V::kSize> x[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    x[i] = {};
+    if (offset(i) >= size) continue;
+#pragma unroll
+    for (int e = 0; e < V::kSize; e += 4) {
+      const auto part = load<Vec16<float>>(row + offset(i) + e).floats();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[i][e + k] = part[k];
+    }
+  }
+  const float inv_size = 1.f / static_cast<float>(size);
+  if (!p.rms) {
+    float sum[1] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+      for (int e = 0; e < V::kSize; ++e) sum[0] += x[i][e];
+    }
+    row_sum(sum, means, blockDim.x);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (offset(i) >= size) break;
+#pragma unroll
+      for (int e = 0; e < V::kSize; ++e) x[i][e] -= sum[0] * inv_size;
+    }
+  }
+  float square[1] = {};
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+#pragma unroll
+    for (int e = 0; e < V::kSize; ++e) square[0] = fmaf(x[i][e], x[i][e], square[0]);
+  }
+  row_sum(square, squares, blockDim.x);
+  const float scale = rsqrtf(square[0] * inv_size + static_cast<float>(p.eps));
+  T* const out = static_cast<T*>(p.workspace) + blockIdx.x * p.size;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    if (offset(i) >= size) break;
+    const auto g = weight[i].floats(), b = bias[i].floats();
+    Floats<V::kSize> y;
+#pragma unroll
+    for (int e = 0; e < V::kSize; ++e) y[e] = x[i][e] * scale * g[e] + b[e];
+    store(out + offset(i), V::from(y));
+  }
+}
+
+// The norm of p's rows in the workspace; p afterwards reads them.
+template <typename T>
+void run_norm(DecodeLinear* p, void* stream) {
+  constexpr int kMaxNormThreads = 512;
+  const int64_t chunks = p->size / Vec16<T>::kSize;
+  const auto launch_loads = [&](auto kernel, int loads) {
+    const int64_t threads = round_up(ceil_div(chunks, loads), kWarpSize);
+    launch(kDecodeLinear, kernel, step_grid(p->batch), static_cast<unsigned>(threads), 0, stream,
+           *p);
+  };
+  if (chunks <= kMaxNormThreads) {
+    launch_loads(decode_norm_kernel<T, 1>, 1);
+  } else if (chunks <= 2 * kMaxNormThreads) {
+    launch_loads(decode_norm_kernel<T, 2>, 2);
+  } else {
+    launch_loads(decode_norm_kernel<T, 4>, 4);
+  }
+  p->x = p->workspace;
+  p->norm_weight = p->norm_bias = nullptr;
+}
+
+template <typename T, int kTiles>
+void launch_matmul(const DecodeLinear& p, int64_t units, void* stream) {
+  const DeviceInfo& device = device_info(kDecodeLinear);
+  const int64_t pair = p.epilogue == Epilogue::kGated;
+  const int64_t tiles = ceil_div(units << pair, kTileRows), steps = p.size / kStep;
+  // As many blocks as there is room for at once: more warps hide each other's products.
+  const int64_t room = kBlocksOfMultiprocessor * device.num_sms;
+  int64_t blocks = std::min(ceil_div(tiles, kBlockWarps), room);
+  int log_splits = 0;
+  if (device.major >= 9) {  // which has clusters
+    // The sums of more blocks meet later: with few sequences, where products take no time, the
+    // largest clusters only where fewer than a block a multiprocessor would be left without them.
+    const auto room_for = [&](int splits) {
+      return splits == kMaxSplits && kTiles <= 2 ? room * 3 / 4 : room;
+    };
+    for (int splits = 2; splits <= kMaxSplits && kMinSteps * splits <= steps; splits *= 2) {
+      if (blocks * splits > room_for(splits)) break;
+      ++log_splits;
+    }
+  }
+  const Matmul<T> m = {p,
+                       RowTable<T>(p),
+                       static_cast<int>(units),
+                       static_cast<int>(steps),
+                       log_splits,
+                       static_cast<int>(tiles / blocks),
+                       static_cast<int>(tiles % blocks)};
+  launch(kDecodeLinear, decode_matmul_kernel<T, kTiles>,
+         step_grid(blocks << log_splits, 1, 1 << log_splits), kBlockThreads, 0, stream, m);
+}
+
+}  // namespace
+
+template <typename T>
+bool DecodeMatmulOf<T>::can_run(const DecodeLinear& p) {
+  return p.batch >= kMinBatch && p.size % kStep == 0 && p.size <= kMaxMatmulSize &&
+         readable_by_vectors<T>(p);
+}
+
+template <typename T>
+void DecodeMatmulOf<T>::run(const DecodeLinear& p, int64_t units, void* stream) {
+  for (int64_t first = 0; first < p.batch; first += kMaxBatch) {
+    DecodeLinear part =
+        sequences<T>(p, units, first, std::min<int64_t>(p.batch - first, kMaxBatch));
+    if (part.norm_weight) run_norm<T>(&part, stream);
+    const int64_t tiles = ceil_div(part.batch, kTileSequences);
+    if (tiles <= 1)
+      launch_matmul<T, 1>(part, units, stream);
+    else if (tiles <= 2)
+      launch_matmul<T, 2>(part, units, stream);
+    else if (tiles <= 4)
+      launch_matmul<T, 4>(part, units, stream);
+    else
+      launch_matmul<T, 8>(part, units, stream);
+  }
+}
+
+}  // namespace hf_fuse

@@ -194,7 +194,7 @@ __device__ void attend_task(Shared<L>& shared, const DecodeAttention& p, const T
   using T = typename L::Element;
   const int num_slots = static_cast<int>(length - start);  // but for the new one
   const int num_tiles = (num_slots + L::kTile - 1) / L::kTile;
-  if (task.blocks > 1) cluster_arrive(&shared.barrier, cluster_bytes<L>(task.blocks));
+  if (task.blocks > 1) begin_cluster(&shared.barrier, cluster_bytes<L>(task.blocks));
 
   T* keys =
       cache_of<T>(p.key_cache, p.key_batch_stride, p.key_head_stride, task) + start * head_dim;
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
   task.first_rank = head * blocks;
   task.rank -= task.first_rank;
   if (head >= task.num_heads || task.rank >= task.blocks) {
-    if (task.blocks > 1) cluster_arrive(&shared.one.barrier, 0), cluster_wait();
+    if (task.blocks > 1) begin_cluster(&shared.one.barrier, 0), cluster_wait();
     return;
   }
   task.first_head += head;

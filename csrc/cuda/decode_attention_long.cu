@@ -264,7 +264,7 @@ __global__ void __maxnreg__(kRegisters)
   if (length >= p.capacity) __trap();
   const int num_slots = static_cast<int>(length - start);
   const int num_tiles = (num_slots + Tile<L>::kSlots - 1) / Tile<L>::kSlots;
-  if (task.blocks > 1) cluster_arrive(&shared.barrier, cluster_bytes<L>(task.blocks));
+  if (task.blocks > 1) begin_cluster(&shared.barrier, cluster_bytes<L>(task.blocks));
 
   const int head_dim = split.head_dim;
   T* keys =

@@ -1,38 +1,94 @@
-// The blocks of a cluster: one barrier for all their threads, and each other's shared memory.
-// Before sm_90 a block is its own cluster.
+// The blocks of a cluster: a barrier for all their threads, each other's shared memory, and
+// barriers there that count what others store. Before sm_90 a block is its own cluster.
 #pragma once
 #include <cstdint>
 
 namespace hf_fuse {
 
+__device__ inline uint32_t shared_address(const void* ptr) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
 // What a thread wrote before it arrives is seen by all after they waited.
 __device__ inline void cluster_arrive() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
+}
+// The same without that, so that it does not wait for what the thread has under way: after the wait
+// all blocks run, and the barriers that they made are there.
+__device__ inline void cluster_arrive_relaxed() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ inline void cluster_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-__device__ inline void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
 }
 
 // The address that `ptr`, of this block's shared memory, has in the block `rank` of the cluster.
 template <typename T>
-__device__ inline T* in_block(T* ptr, [[maybe_unused]] int rank) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline T* in_block(T* ptr, int rank) {
   uint64_t there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(ptr), "r"(rank));
   return reinterpret_cast<T*>(there);
+}
+
+// A barrier that is complete when others have stored `bytes` here. By one thread, before it
+// arrives.
+__device__ inline void expect_stores(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;\n"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// To where `ptr` is in the block `rank`, counted by `barrier` there.
+__device__ inline void store_cluster(float* ptr, uint64_t* barrier, int rank, float value) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [counter];\n}" ::
+          "r"(shared_address(ptr)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(value)
+      : "memory");
+}
+__device__ inline void store_cluster(float4* ptr, uint64_t* barrier, int rank, const float4& v) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, "
+      "[counter];\n}" ::"r"(shared_address(ptr)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+__device__ inline void wait_stored(uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
 #else
+
+__device__ inline void cluster_arrive() { __syncthreads(); }
+__device__ inline void cluster_arrive_relaxed() {}
+__device__ inline void cluster_wait() {}
+template <typename T>
+__device__ inline T* in_block(T* ptr, int) {
   return ptr;
+}
+__device__ inline void expect_stores(uint64_t*, int) {}
+template <typename T>
+__device__ inline void store_cluster(T*, uint64_t*, int, const T&) {}
+__device__ inline void wait_stored(uint64_t*) {}
+
 #endif
+
+__device__ inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 }  // namespace hf_fuse

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "cluster.cuh"
 #include "decode.cuh"
 #include "decode.h"
 #include "reduce.cuh"
@@ -76,50 +77,11 @@ __device__ float fast_exp2(float x) {
 }
 
 // Blocks of a cluster store into each other's shared memory, and the receiver's barrier counts the
-// bytes: a cluster-wide barrier would first wait for all that a block has under way.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ uint32_t shared_address(const void* ptr) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
+// bytes: a barrier of the cluster would first wait for all that a block has under way.
+__device__ void begin_cluster(uint64_t* barrier, int bytes) {
+  if (threadIdx.x == 0) expect_stores(barrier, bytes);
+  cluster_arrive_relaxed();
 }
-// After cluster_arrive and cluster_wait, all blocks run and their barriers are ready.
-__device__ void cluster_arrive(uint64_t* barrier, int bytes) {
-  if (threadIdx.x == 0) {
-    asm volatile(
-        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-        "fence.mbarrier_init.release.cluster;\n"
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
-  }
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// To where `ptr` is in the block `rank`, counted by `barrier` there.
-__device__ void store_cluster(float* ptr, uint64_t* barrier, int rank, float value) {
-  asm volatile(
-      "{\n.reg .b32 to, counter;\n"
-      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [counter];\n}" ::
-          "r"(shared_address(ptr)),
-      "r"(shared_address(barrier)), "r"(rank), "f"(value)
-      : "memory");
-}
-__device__ void wait_stored(uint64_t* barrier) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(barrier))
-      : "memory");
-}
-#else
-__device__ void cluster_arrive(uint64_t*, int) {}
-__device__ void cluster_wait() {}
-__device__ void store_cluster(float*, uint64_t*, int, float) {}
-__device__ void wait_stored(uint64_t*) {}
-#endif
 
 template <typename L>
 __device__ Task find_task(const Split& split) {

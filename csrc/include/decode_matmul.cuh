@@ -20,6 +20,7 @@
 #pragma once
 #include <algorithm>
 
+#include "cluster.cuh"
 #include "decode_rows.cuh"
 #include "reduce.cuh"
 
@@ -110,21 +111,18 @@ __device__ inline void take_if(bool take, const float (&c)[4], float4& y) {
 }
 
 // Barriers in shared memory. Parity: of the number of times that it was complete.
-__device__ inline uint32_t address_of(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
 __device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals)
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                : "memory");
 }
 __device__ inline void arrive(uint64_t* barrier) {
-  asm volatile(
-      "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address_of(barrier))
-      : "memory");
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(
+                   shared_address(barrier))
+               : "memory");
 }
 // Once this thread's copies are there.
 __device__ inline void arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address_of(barrier))
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
@@ -140,46 +138,11 @@ __device__ inline void wait_for(uint64_t* barrier, int parity) {
                  ".parity.shared.b64 p, [%1], %2;\n"
                  "selp.s32 %0, 1, 0, p;\n}"
                  : "=r"(done)
-                 : "r"(address_of(barrier)), "r"(parity)
+                 : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
   }
 #undef HF_FUSE_WAIT
 }
-
-// Between the blocks of a cluster.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-// `bytes` that others store here complete the barrier.
-__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "fence.mbarrier_init.release.cluster;\n"
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-__device__ inline void cluster_arrive() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ inline void cluster_wait() {
-  __syncwarp();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// To where `ptr` is in the block `rank`, counted by `barrier` there.
-__device__ inline void store_cluster(float4* ptr, uint64_t* barrier, int rank, const float4& v) {
-  asm volatile(
-      "{\n.reg .b32 to, counter;\n"
-      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, "
-      "[counter];\n}" ::"r"(address_of(ptr)),
-      "r"(address_of(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-      : "memory");
-}
-#else
-__device__ inline void expect_bytes(uint64_t*, int) {}
-__device__ inline void cluster_arrive() {}
-__device__ inline void cluster_wait() {}
-__device__ inline void store_cluster(float4*, uint64_t*, int, const float4&) {}
-#endif
 
 // What a lane has of a product of 16 rows and 8 sequences: of rows lane / 4 and 8 more, each of
 // sequences lane % 4 * 2 and the next. Gated, the tile's first 8 rows are of the first weight and
@@ -287,12 +250,11 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
       init_barrier(&empty[i], kBlockWarps);
     }
     if (splits > 1) {
-      init_barrier(&received, 1);
-      expect_bytes(&received, (splits - 1) * sums_of(rank, end - begin) * kWarpSize * 16);
+      expect_stores(&received, (splits - 1) * sums_of(rank, end - begin) * kWarpSize * 16);
     }
   }
   __syncthreads();
-  if (splits > 1 && !kSumsInX) cluster_arrive();
+  if (splits > 1 && !kSumsInX) cluster_arrive_relaxed();
 
   // The pieces of a part of x that a thread copies: one of each of kRounds sequences.
   constexpr int kRoundSequences = kBlockThreads / kPartLanes;
@@ -363,7 +325,8 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
     if (active && first_sum < kTiles) outputs.load_old(first_sum);
     const int slots = slots_of(kTiles, splits);
     if (splits > 1) {
-      if (kSumsInX) cluster_arrive();
+      if (kSumsInX) cluster_arrive_relaxed();
+      __syncwarp();
       cluster_wait();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {

@@ -1,4 +1,4 @@
-"""The command line: `hf-fuse ppl | tpot | kernels | demo | doctor | supported`.
+"""The command line: `hf-fuse ppl | tpot | step | kernels | demo | doctor | supported`.
 
 What a user can mend (a wrong name, a missing file or package) is one line on stderr, exit code 2.
 """
@@ -154,6 +154,29 @@ def _kernels(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _step(arguments: argparse.Namespace) -> int:
+    from hf_fuse.eval.loading import load_model
+    from hf_fuse.eval.report import prepare_output, write_json
+    from hf_fuse.eval.step import measure_step, step_table
+
+    if arguments.json:
+        prepare_output(arguments.json)
+    model, _ = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    result = measure_step(
+        model,
+        batch_size=arguments.batch_size,
+        context=arguments.context,
+        backend=arguments.backend,
+    )
+    print(f"{arguments.model}, {_dtype_of(model)}, {step_table(result)}")
+    if arguments.json:
+        device = _device_of(model)
+        write_json(
+            arguments.json, "step", result.to_dict(), device=device, arguments=arguments.given
+        )
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is one --help away."""
 
@@ -195,6 +218,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also the patched model with temperature 0.8, top-k 50, top-p 0.95",
     )  # fmt: skip
 
+    step = _command(commands, "step", _step, "one decoding step, kernel by kernel")
+    _model_argument(step, " or shape:NAME, random weights")
+    _count(step, "--batch-size", 1, "rows")
+    _count(step, "--context", 128, "tokens before the step")
+    _device_options(step, dtype="auto", json=None)
+
     demo = _command(commands, "demo", _demo, "both, over the three tiny models, in one table")
     _run_options(demo, dtype="float32", json="results/demo.json", png="results/demo.png")
     _command(commands, "doctor", _doctor, "what is on this machine, and how to mend what is not")
@@ -210,11 +239,15 @@ def _command(
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser, more: str = "") -> None:
+def _model_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
     tiny = "tiny-llama, tiny-gpt_neox, tiny-gpt2"
     parser.add_argument(
         "model", metavar="MODEL", help=f"a folder, a hub name, or one of {tiny}{more}"
     )
+
+
+def _model_options(parser: argparse.ArgumentParser, more: str = "") -> None:
+    _model_argument(parser, more)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="a UTF-8 text; default Python's own manual")
     source.add_argument("--dataset", metavar="NAME", help="of the hub, owner/name[:config]")
@@ -225,13 +258,17 @@ def _model_options(parser: argparse.ArgumentParser, more: str = "") -> None:
 def _run_options(
     parser: argparse.ArgumentParser, *, dtype: str, json: str | None, png: str | None
 ) -> None:
+    _device_options(parser, dtype=dtype, json=json)
+    parser.add_argument("--png", metavar="FILE", default=png, help=f"save a picture; default {png}")
+
+
+def _device_options(parser: argparse.ArgumentParser, *, dtype: str, json: str | None) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default=dtype, help=f"default {dtype}")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
     parser.add_argument("--backend", choices=_BACKENDS, default="auto", help="default auto")
     parser.add_argument(
         "--json", metavar="FILE", default=json, help=f"save numbers; default {json}"
     )
-    parser.add_argument("--png", metavar="FILE", default=png, help=f"save a picture; default {png}")
 
 
 def _count(

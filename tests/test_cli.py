@@ -125,6 +125,24 @@ def test_tpot_sweeps_batches_and_prompts(tmp_path, capsys, monkeypatch):
         assert all(f"{ms:.3f}" in printed for ms in tpot)
 
 
+def test_step_times_each_kernel(tmp_path, capsys):
+    path = tmp_path / "step.json"
+    assert cli.main(["step", "tiny-llama", "--batch-size", "2", "--json", str(path)]) == 0
+    printed, saved = capsys.readouterr().out, json.loads(path.read_text())
+    counts = {row["name"]: row["count"] for row in saved["kernels"]}
+    layers = counts["norm, QKV"]
+    assert layers > 1
+    once = {"embed": 1, "norm, head": 1, "select": 1}
+    each = ["norm, QKV", "rotary, cache, attention", "attention out, add"]
+    each += ["norm, MLP in, activation", "MLP out, add"]
+    assert counts == {**once, **dict.fromkeys(each, layers)}
+    assert all(row["us"] > 0 and row["bytes"] > 0 for row in saved["kernels"])
+    assert saved["step"]["bytes"] == sum(r["bytes"] * r["count"] for r in saved["kernels"])
+    assert saved["step"]["us"] > max(row["us"] for row in saved["kernels"])
+    assert all(name in printed for name in counts)
+    assert saved["read_bytes_per_s"] is None or "% of read" in printed
+
+
 def test_supported_lists_the_architectures(capsys):
     assert cli.main(["supported"]) == 0
     assert capsys.readouterr().out.split() == sorted(hf_fuse.supported())

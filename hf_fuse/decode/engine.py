@@ -134,7 +134,7 @@ class DecodeEngine:
         """Run the prompt `input_ids` [batch, length], of which start[b] are padding."""
         length = input_ids.shape[1]
         padded, self._uncaptured = self._padded_length(length), None
-        self._begin_at(length, start)
+        self.begin_at(length, start)
         if padded is None or bool(start.any()):
             self._run_prompt(input_ids, start)
             return
@@ -182,10 +182,10 @@ class DecodeEngine:
         for own, given in zip((*self.keys, *self.values), (*keys, *values), strict=True):
             own[:, :, :length].copy_(given)
         self.logits.copy_(logits)
-        self._begin_at(length, start)
+        self.begin_at(length, start)
 
-    def _begin_at(self, length: int, start: Tensor) -> None:
-        """With `length` tokens in the caches, the last of which is still to be followed."""
+    def begin_at(self, length: int, start: Tensor) -> None:
+        """Go on after the `length` tokens in the caches, of which start[b] are padding."""
         self.start.copy_(start)
         self.length.fill_(length - 1)
 

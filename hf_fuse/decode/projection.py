@@ -8,7 +8,6 @@ from torch import Tensor
 from hf_fuse import ops
 from hf_fuse.decode.spec import Norm, Projection
 from hf_fuse.ops.activations import ACTIVATIONS
-from hf_fuse.ops.decode_linear import finish, normed
 
 # On a GPU decode_linear reads 16-bit weights once for this many sequences, on tensor cores, where a
 # row suits them; all others once for every 4. Above, cuBLAS.
@@ -78,9 +77,20 @@ def matmul(
     """As `ops.decode_linear`, but that the normed row is rounded to the weights' dtype, as it is in
     transformers' layers. Products are summed in fp32 and not rounded.
     """
-    x = normed(x, norm.arguments if norm else None).to(projection.weights[0].dtype)
+    if norm is not None:
+        bias = None if norm.bias is None else norm.bias.to(x.dtype)
+        x = ops.add_norm(x, norm.weight.to(x.dtype), bias, eps=norm.eps, kind=norm.kind)[1]
+    x = x.to(projection.weights[0].dtype)
     pairs = zip(projection.weights, projection.biases, strict=True)
-    finish(out, [_product(x, weight, bias) for weight, bias in pairs], epilogue, act)
+    ys = [_product(x, weight, bias) for weight, bias in pairs]
+    if epilogue == "gated":
+        out.copy_(ops.gated_act(ys[0], ys[1], act))
+        return
+    y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+    if epilogue == "add":
+        out.add_(y)
+    else:
+        out.copy_(ops.bias_act(y, None, act) if epilogue == "act" else y)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -115,7 +115,14 @@ def reference(
     for weight, bias in zip(weights, (*biases, *[None] * len(weights)), strict=False):
         y = n @ weight.to(wide).T
         ys.append(y if bias is None else y + bias.to(wide))
-    finish(out, ys, epilogue, act)
+    if epilogue == "gated":
+        out.copy_(REFERENCES[act](ys[0]) * ys[1])
+        return
+    y = torch.cat(ys, -1)
+    if epilogue == "add":
+        out.add_(y)
+    else:
+        out.copy_(REFERENCES[act](y) if epilogue == "act" else y)
 
 
 def normed(x: Tensor, norm: tuple[Tensor, Tensor | None, float, str] | None) -> Tensor:
@@ -125,18 +132,6 @@ def normed(x: Tensor, norm: tuple[Tensor, Tensor | None, float, str] | None) -> 
     weight, bias, eps, kind = norm
     bias = None if bias is None else bias.to(x.dtype)
     return add_norm_reference(x, weight.to(x.dtype), bias, eps=eps, kind=kind)[1]
-
-
-def finish(out: Tensor, ys: Sequence[Tensor], epilogue: str, act: str) -> None:
-    """What becomes of the products, one for each weight."""
-    if epilogue == "gated":
-        out.copy_(REFERENCES[act](ys[0]) * ys[1])
-        return
-    y = ys[0] if len(ys) == 1 else torch.cat(list(ys), -1)
-    if epilogue == "add":
-        out.add_(y)
-    else:
-        out.copy_(REFERENCES[act](y) if epilogue == "act" else y)
 
 
 @on_load

@@ -98,6 +98,18 @@ class Build:
     def library(self) -> Path:
         return self.folder / f"hf_fuse_{self.backend}.so"
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the library is whole: the linker may be writing it, or have been killed."""
+        return self.library.exists() and self._done.exists()
+
+    def mark_done(self) -> None:
+        self._done.touch()
+
+    @property
+    def _done(self) -> Path:
+        return self.folder / ".done"
+
 
 failures: dict[str, BuildError] = {}
 _loaded: dict[str, bool] = {}
@@ -149,10 +161,11 @@ def _load(backend: str) -> None:
     if backend == "cuda" and not load("cpu"):  # the CPU library defines the schemas
         raise BuildError("The C++ part could not be built.", failures["cpu"].fix)
     build = plan(backend)
-    if not build.library.exists():
+    if not build.is_done:
         with _locked(build.folder):
-            if not build.library.exists():
+            if not build.is_done:
                 _compile(build)
+                build.mark_done()
     torch.ops.load_library(str(build.library))
     if SOURCES / DIRECT in build.sources:
         global direct
@@ -367,7 +380,7 @@ def doctor(build: bool = True) -> list[Check]:
 def _built(backend: str, build: bool) -> Check:
     if not build:
         try:
-            there = plan(backend).library.exists()
+            there = plan(backend).is_done
         except BuildError as error:
             return Check(f"{backend} kernels", False, error.reason, error.fix)
         return Check(

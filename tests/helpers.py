@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *LOW)
+NAN = float("nan")
 
 
 def name_of(value: Any) -> str | None:
@@ -26,6 +27,7 @@ def name_of(value: Any) -> str | None:
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+few_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 each_backend = pytest.mark.parametrize("backend", ["auto", "reference"])
 
 
@@ -106,13 +108,23 @@ def compile_whole(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
+def on_each_number_of_threads(run: Callable[[], None]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            run()
+    finally:
+        torch.set_num_threads(threads)
+
+
 # A tensor of the same values in another place in memory: rows with gaps between them, leading
 # dimensions in another order, rows that are not contiguous themselves, a data pointer that is not
 # aligned to more than an element.
 
 
 def _gaps(x: Tensor) -> Tensor:
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), float("nan"))
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), NAN)
     wide[..., 2:-3] = x
     return wide[..., 2:-3]
 
@@ -126,7 +138,7 @@ def _columns(x: Tensor) -> Tensor:
 
 
 def _unaligned(x: Tensor) -> Tensor:
-    flat = x.new_full((x.numel() + 1,), float("nan"))
+    flat = x.new_full((x.numel() + 1,), NAN)
     flat[1:] = x.flatten()
     return flat[1:].view(x.shape)
 

@@ -124,22 +124,24 @@ def test_a_disabled_backend_is_not_warned_of(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_build_once_past_a_dead_builders_lock(
+def test_two_processes_build_once_past_what_a_dead_builder_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = {"HF_FUSE_CACHE": tmp_path, "HF_FUSE_CXX_FLAGS": "-O0"}  # quick to build
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
-    folder = jit.plan("cpu").folder
-    folder.mkdir(parents=True)
-    (folder / "lock").touch()  # cpp_extension's own, which outlives a killed builder
+    plan = jit.plan("cpu")
+    plan.folder.mkdir(parents=True)
+    # What a killed builder leaves: cpp_extension's own lock, and half a library.
+    (plan.folder / "lock").touch()
+    plan.library.write_bytes(b"\x7fELF")
     processes = [start(BUILD, **environment) for _ in range(2)]
     results = [outcome(p) for p in processes]
     assert [r["loaded"] for r in results] == [True, True]
     assert [r["ran"] for r in results] == [True, True]
     assert sorted(r["compiled"] for r in results) == [[], ["cpu"]]
     assert [r["warnings"] for r in results] == [[], []]
-    assert jit.plan("cpu").library.exists()
+    assert plan.is_done
 
 
 def test_key_names_all_that_the_binary_depends_on(

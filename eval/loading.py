@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import hf_fuse
+from hf_fuse.decode.loop import Generates
+from hf_fuse.decode.spec import DecoderSpec, Unsuited
 from hf_fuse.eval.environment import UsageError
 from hf_fuse.eval.shapes import PREFIX, build_shape
 from hf_fuse.eval.text import Text, TextError, repeat_to_length
@@ -153,3 +155,15 @@ def _device(name: str | None) -> torch.device:
             f"torch sees no device {device}: it sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
+
+
+def decoder_spec_of(model: nn.Module) -> DecoderSpec:
+    """A patched model as the decode engine runs it. Raises UsageError where it does not."""
+    try:
+        if not isinstance(model, Generates):
+            raise Unsuited("the op decode was left out, or the model has no language head")
+        spec = model.decoder_spec()
+        spec.check()
+    except Unsuited as error:
+        raise UsageError(f"the decode engine does not take this model: {error}") from error
+    return spec

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 import hf_fuse
 from hf_fuse import Report
 from hf_fuse.decode.engine import DecodeEngine
-from hf_fuse.decode.loop import Generates
-from hf_fuse.decode.spec import Unsuited
-from hf_fuse.eval.environment import UsageError, evaluating
+from hf_fuse.eval.environment import evaluating
+from hf_fuse.eval.loading import decoder_spec_of
 
 # Rows of logits turned into float64 at once hold about this many bytes, so that a vocabulary of
 # 128k stays small.
@@ -297,13 +296,7 @@ def _logits(model: nn.Module, ids: Tensor, batch: list[Window]) -> Tensor:
 
 def _decoded(model: Any, ids: Tensor, batch: list[Window]) -> Tensor:
     """The same rows from the decode engine, which reads one token a step; fp32."""
-    try:
-        if not isinstance(model, Generates):
-            raise Unsuited("the op decode was left out, or the model has no language head")
-        spec = model.decoder_spec()
-        spec.check()
-    except Unsuited as error:
-        raise UsageError(f"the decode engine does not take this model: {error}") from error
+    spec = decoder_spec_of(model)
     inputs = torch.stack([ids[w.begin : w.end] for w in batch]).to(spec.embedding.device)
     engine = DecodeEngine(spec, len(batch), inputs.shape[1])
     engine.begin((), 0)

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 import hf_fuse
 from hf_fuse.decode.engine import DecodeEngine
-from hf_fuse.decode.loop import Generates
-from hf_fuse.decode.spec import Unsuited
 from hf_fuse.eval.decode import read_bandwidth
-from hf_fuse.eval.environment import UsageError, evaluating
+from hf_fuse.eval.environment import evaluating
 from hf_fuse.eval.kernels import time_alone
+from hf_fuse.eval.loading import decoder_spec_of
 from hf_fuse.eval.report import table
 
 ROOM = 64  # slots beyond the context: replays of the whole step move on
@@ -67,13 +66,7 @@ def measure_step(
     """
     options = {"verify": False, **patch_options}
     with evaluating(model), hf_fuse.patched(model, **options), torch.no_grad():
-        try:
-            if not isinstance(model, Generates):
-                raise Unsuited("it has no language head")
-            spec = model.decoder_spec()
-            spec.check()
-        except Unsuited as error:
-            raise UsageError(f"the decode engine does not take this model: {error}") from error
+        spec = decoder_spec_of(model)
         bandwidth = read_bandwidth(spec.embedding.device)
         engine = DecodeEngine(spec, batch_size, context + ROOM, options.get("backend", "auto"))
         for cache in (*engine.keys, *engine.values):

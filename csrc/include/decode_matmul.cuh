@@ -40,10 +40,12 @@ constexpr int kLead = 2;       // parts of x on their way before the first is us
 
 // Steps of weights that a warp has under way: with many sequences fewer, so that several operands
 // of x find room beside them.
-constexpr int steps_ahead(int tiles) { return tiles > 2 ? 4 : 8; }
+__host__ __device__ constexpr int steps_ahead(int tiles) { return tiles > 2 ? 4 : 8; }
 // Steps of a part of x, and parts in shared memory, of which two kernels' blocks find room in it.
-constexpr int part_steps(int tiles) { return tiles == 1 ? 8 : tiles <= 4 ? 4 : 2; }
-constexpr int part_stages(int tiles) { return tiles > 2 ? 3 : 4; }
+__host__ __device__ constexpr int part_steps(int tiles) {
+  return tiles == 1 ? 8 : tiles <= 4 ? 4 : 2;
+}
+__host__ __device__ constexpr int part_stages(int tiles) { return tiles > 2 ? 3 : 4; }
 constexpr int kBlocksOfMultiprocessor = 2, kRegisters = 128;  // of a thread, so that there are
 
 // Sums of 16 rows and 8 sequences that a block of a cluster finishes.
@@ -206,7 +208,7 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
   // From a cluster's other blocks: [block][sum][lane]. For many sequences where x was.
   constexpr int kSums = (kMaxSplits - 1) * slots_of(kTiles, kMaxSplits) * kWarpSize;
   constexpr bool kSumsInX = kTiles > 2;
-  __shared__ uint4 shared[kSumsInX ? std::max(kXPieces, kSums) : kXPieces + kSums];
+  __shared__ uint4 shared[!kSumsInX ? kXPieces + kSums : kXPieces > kSums ? kXPieces : kSums];
   __shared__ uint64_t full[kStages], empty[kStages], received;
   float4* const sums = reinterpret_cast<float4*>(shared + (kSumsInX ? 0 : kXPieces));
   pdl_trigger();

@@ -44,7 +44,13 @@ SHAPES: dict[str, tuple[type[Config], dict[str, Any]]] = {
     ),
     "llama-3.1-8b": (
         LlamaConfig,
-        {**_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+        {
+            **_LLAMA3,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "rope_parameters": {**LLAMA_3_2_ROPE, "factor": 8.0},
+        },
     ),
     "llama-160m": (
         LlamaConfig,

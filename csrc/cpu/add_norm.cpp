@@ -48,10 +48,13 @@ auto sum_inputs_of(const AddNormForward& p) {
   return p.delta1 ? sum_inputs<T, 2, kRms> : sum_inputs<T, 1, kRms>;
 }
 
+// Of a row in the cache: memory would be idle meanwhile, so it fetches the lines of `dst`, which
+// are written next.
 template <typename T>
-acc_t<T> centred_squares(const T* row, acc_t<T> mean, int64_t n) {
+acc_t<T> centred_squares(const T* row, acc_t<T> mean, int64_t n, const T* dst) {
   using A = acc_t<T>;
   return sum_over<A>(n, [&](int64_t i, int64_t left) {
+    __builtin_prefetch(dst + i, 1);
     vec<A> centred = load_vec(row + i, left) - mean;
     for (int64_t lane = left; lane < kLanes<A>; ++lane) centred[lane] = 0;
     return centred * centred;
@@ -93,11 +96,12 @@ void forward_rows(const AddNormForward& p, int64_t begin, int64_t end) {
     const A sum = sum_row(p, token);
     const T* row = p.delta1 ? at<T>(p.residual, token * n) : at<T>(p.x, token * p.x_stride);
     const A mean = p.rms ? A(0) : sum / n;
-    const A squares = p.rms ? sum : centred_squares(row, mean, n);
+    T* dst = at<T>(p.normed1, token * n);
+    const A squares = p.rms ? sum : centred_squares(row, mean, n, dst);
     const A rstd = 1 / std::sqrt(squares / n + static_cast<A>(p.eps));
     if (p.mean) *at<A>(p.mean, token) = mean;
     if (p.rstd) *at<A>(p.rstd, token) = rstd;
-    write_normed<T>(p, row, mean, rstd, p.weight1, p.bias1, at<T>(p.normed1, token * n));
+    write_normed<T>(p, row, mean, rstd, p.weight1, p.bias1, dst);
     if (p.weight2)
       write_normed<T>(p, row, mean, rstd, p.weight2, p.bias2, at<T>(p.normed2, token * n));
   }

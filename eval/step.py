@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,9 +66,13 @@ def measure_step(
     The model comes back unpatched. Raises UsageError where the decode engine does not take it.
     """
     options = {"verify": False, **patch_options}
-    with evaluating(model), hf_fuse.patched(model, **options), torch.no_grad():
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    # A graph is not captured on the default stream.
+    stream = torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else nullcontext()
+    with evaluating(model), hf_fuse.patched(model, **options), torch.no_grad(), stream:
         spec = decoder_spec_of(model)
-        bandwidth = read_bandwidth(spec.embedding.device)
+        bandwidth = read_bandwidth(device)
         engine = DecodeEngine(spec, batch_size, context + ROOM, options.get("backend", "auto"))
         for cache in (*engine.keys, *engine.values):
             cache.normal_()
@@ -86,9 +91,9 @@ def measure_step(
         read["embed"] = batch_size * spec.embedding[0].nbytes
         slots = engine.keys[0][:, :, :context]
         read["rotary, cache, attention"] = 2 * _nbytes(slots) * len(spec.layers)
-        timed = [_timed(name, runs, read[name]) for name, runs in kinds.items()]
+        timed = [_timed(name, runs, read[name], on_gpu) for name, runs in kinds.items()]
         logits = engine.logits.nbytes
-        timed.append(_timed("select", [engine.select], logits))
+        timed.append(_timed("select", [engine.select], logits, on_gpu))
         begin()
 
         def step() -> None:
@@ -96,7 +101,7 @@ def measure_step(
                 kernel.run()
             engine.select()
 
-        whole = _timed("step", [step], sum(read.values()) + logits)
+        whole = _timed("step", [step], sum(read.values()) + logits, on_gpu)
     return StepResult(batch_size, context, tuple(timed), whole, bandwidth)
 
 
@@ -105,14 +110,14 @@ def _nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _timed(name: str, runs: list[Callable[[], None]], read: int) -> Timed:
+def _timed(name: str, runs: list[Callable[[], None]], read: int, on_gpu: bool) -> Timed:
     """`runs` one after another; what one takes, and its share of the bytes that all read."""
 
     def call() -> None:
         for run in runs:
             run()
 
-    seconds = time_alone(call, calls=1) if torch.cuda.is_available() else _on_cpu(call)
+    seconds = time_alone(call, calls=1) if on_gpu else _on_cpu(call)
     return Timed(name, len(runs), seconds * 1e6 / len(runs), read // len(runs))
 
 

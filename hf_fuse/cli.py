@@ -156,7 +156,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 def _step(arguments: argparse.Namespace) -> int:
     from hf_fuse.eval.loading import load_model
-    from hf_fuse.eval.report import prepare_output, write_json
+    from hf_fuse.eval.report import prepare_output
     from hf_fuse.eval.step import measure_step, step_table
 
     if arguments.json:
@@ -169,11 +169,7 @@ def _step(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
     )
     print(f"{arguments.model}, {_dtype_of(model)}, {step_table(result)}")
-    if arguments.json:
-        device = _device_of(model)
-        write_json(
-            arguments.json, "step", result.to_dict(), device=device, arguments=arguments.given
-        )
+    _save(arguments, model, "step", result.to_dict())
     return 0
 
 
@@ -223,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     _count(step, "--batch-size", 1, "rows")
     _count(step, "--context", 128, "tokens before the step")
     _device_options(step, dtype="auto", json=None)
+    step.set_defaults(png=None)
 
     demo = _command(commands, "demo", _demo, "both, over the three tiny models, in one table")
     _run_options(demo, dtype="float32", json="results/demo.json", png="results/demo.png")

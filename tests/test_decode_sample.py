@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_equal
+from helpers import NAN, assert_equal
 from torch import Tensor
 from transformers.generation import (
     LogitsProcessorList,
@@ -30,7 +30,7 @@ from hf_fuse.ops.decode_sample import Filters, kept_scores
 from hf_fuse.ops.decode_sample import reference as sample_reference
 from hf_fuse.ops.decode_select import workspace
 
-NAN, INF = float("nan"), float("inf")
+INF = float("inf")
 FILTERS = {
     "none": Filters(),
     "temperature": Filters(temperature=0.7),

@@ -277,16 +277,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
 template <typename T, int kLanes, int kGroup>
 void launch_layout(const DecodeAttention& p, void* stream) {
   using L = Layout<T, kLanes, kGroup>;
-  const DeviceInfo& device = device_info(kDecodeAttention);
-  const int64_t group = p.num_heads / p.num_kv_heads, rounds = ceil_div(group, kGroup);
-  const int64_t clusters = p.batch * p.num_kv_heads * rounds;
   const int warps = p.capacity > kLongCache ? kMaxWarps : kFewWarps;
-  const int cluster = cluster_for(device, p, clusters, warps * L::kTile);
-  const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
-                       static_cast<int>(p.head_dim)};
-  launch(kDecodeAttention, decode_attention_kernel<L>,
-         step_grid(p.num_kv_heads * rounds * cluster, p.batch, cluster), warps * kWarpSize, 0,
-         stream, p, split);
+  launch_attention<L>(decode_attention_kernel<L>, p, warps, warps * L::kTile, stream);
 }
 
 // As many query heads together as registers hold.

@@ -5,18 +5,16 @@
 // has the next tile's keys and values under way while it works on this one's; nothing passes
 // through shared memory. mma.m16n8k16 multiplies 16 x 16 by 16 x 8 and sums in fp32. For a lane
 // with c = lane % 4 and r = lane / 4:
-// - scores [heads, slots] = queries [heads, dims] * keys [dims, slots]: which 16 dims are a step's
-// is
-//   free, so a lane reads 16-byte chunks c, c + 4, .. of the rows of slots r, r + 8, .. and gives
-//   the halves of each to two steps. It gets the scores of head r at slots 2c and 2c + 1 of
-//   every 8.
+// - scores [heads, slots] = queries [heads, dims] * keys [dims, slots]: a step may take any 16
+//   dims, so a lane reads 16-byte chunks c, c + 4, .. of the rows of slots r, r + 8, .. and gives
+//   the halves of each to two steps. It gets the scores of head r at slots 2c and 2c + 1 of every
+//   8.
 // - out [dims, heads] += values [dims, slots] * weights [slots, heads]: it has the weights of just
 //   the slots that its part of a step wants, and reads chunk r (and r + 8) of those slots' rows.
 //   Two slots' elements are paired in a register by permuting bytes. It gets heads 2c and 2c + 1 of
 //   its chunks. Weights are rounded to the dtype for it; their sum is that of fp32.
-#include <algorithm>
-
 #include "../include/decode_attention.cuh"
+#include "../include/mma.cuh"
 
 namespace hf_fuse {
 namespace {
@@ -35,7 +33,8 @@ struct Tile {
   static constexpr int kEights = kSlots / 8, kSteps = kSlots / 16;
   typename L::Vector key[kEights][kKeyChunks], value[kSteps][kQuad][kValueChunks];
 
-  // Past the last slot and past a row's end it is that slot and that end once more; see attend.
+  // Past the last slot and past a row's end it is that slot and that end once more, as in
+  // load_tile of decode_attention.cu.
   __device__ static const typename L::Element* chunk(const typename L::Element* cache, int slot,
                                                      int chunk, int num_slots, int head_dim) {
     return cache + int64_t{min(slot, num_slots - 1)} * head_dim +
@@ -79,23 +78,6 @@ struct Attention {
   uint32_t query[Tile<L>::kKeyChunks][4];
   float max, sum, out[Tile<L>::kValueChunks][kElements / 2][4];
 };
-
-// d += a * b, 16 x 16 by 16 x 8.
-template <typename T>
-__device__ void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                             uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
 
 template <typename T>
 __device__ float rounded(float x) {
@@ -304,14 +286,7 @@ __global__ void __maxnreg__(kRegisters)
 template <typename T, int kLanes, int kGroup>
 void launch_layout(const DecodeAttention& p, void* stream) {
   using L = Layout<T, kLanes, kGroup>;
-  const int64_t group = p.num_heads / p.num_kv_heads, rounds = ceil_div(group, kGroup);
-  const int cluster = cluster_for(device_info(kDecodeAttention), p,
-                                  p.batch * p.num_kv_heads * rounds, kWarps * Tile<L>::kSlots);
-  const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
-                       static_cast<int>(p.head_dim)};
-  launch(kDecodeAttention, decode_attention_long_kernel<L>,
-         step_grid(p.num_kv_heads * rounds * cluster, p.batch, cluster), kWarps * kWarpSize, 0,
-         stream, p, split);
+  launch_attention<L>(decode_attention_long_kernel<L>, p, kWarps, kWarps * Tile<L>::kSlots, stream);
 }
 
 template <typename T, int kLanes>

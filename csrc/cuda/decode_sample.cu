@@ -19,9 +19,8 @@ namespace {
 
 constexpr const char* kOp = "decode_sample";
 constexpr int kThreads = 512;
-constexpr int kMaxCluster = 16, kPortableCluster = 8;  // blocks
-constexpr int kManyItems = 16, kMostItems = 32;        // scores a thread keeps in registers
-constexpr int kFewItems = 4;                           // for which no more blocks are worth it
+constexpr int kManyItems = 16, kMostItems = 32;  // scores a thread keeps in registers
+constexpr int kFewItems = 4;                     // for which no more blocks are worth it
 
 constexpr int kBinBits = 11, kBins = 1 << kBinBits, kChunks = kBins / kWarpSize;
 // Bits of a place that each pass leaves open; the first three fix the score, the others the index.
@@ -362,11 +361,11 @@ void decode_sample(const DecodeSample& p, void* stream) {
                              std::to_string(vocab));
   }
   const DeviceInfo& device = device_info(kOp);
-  const int max_cluster = device.major < 9 ? 1 : device.major == 9 ? kMaxCluster : kPortableCluster;
+  const int most = max_cluster(device);
   const auto items = [&](int64_t blocks) { return ceil_div(vocab, blocks * kThreads); };
   int cluster = 1;
   // Many sequences fill the GPU; then more blocks each are worth it only for what registers hold.
-  while (2 * cluster <= max_cluster && items(cluster) > kFewItems &&
+  while (2 * cluster <= most && items(cluster) > kFewItems &&
          (items(cluster) > kMostItems || 2 * cluster * batch <= device.num_sms)) {
     cluster *= 2;
   }

@@ -3,7 +3,15 @@
 #pragma once
 #include <cstdint>
 
+#include "launch.cuh"
+
 namespace hf_fuse {
+
+constexpr int kMaxCluster = 16, kPortableCluster = 8;  // blocks; 16 on sm_90 alone
+
+inline int max_cluster(const DeviceInfo& device) {
+  return device.major < 9 ? 1 : device.major == 9 ? kMaxCluster : kPortableCluster;
+}
 
 __device__ inline uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));

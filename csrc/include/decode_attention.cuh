@@ -16,9 +16,8 @@ constexpr const char* kDecodeAttention = "decode_attention";  // the op's name i
 
 namespace {
 
-constexpr int kElements = 8;                           // of a cache row, that a lane holds
-constexpr int kMaxCluster = 16, kPortableCluster = 8;  // blocks
-constexpr int kMaxWarps = 8, kLongCache = 4096;        // of a block; slots from which it has them
+constexpr int kElements = 8;                     // of a cache row, that a lane holds
+constexpr int kMaxWarps = 8, kLongCache = 4096;  // of a block; slots from which it has them
 constexpr float kLowest = -FLT_MAX;  // the maximum of nothing: -inf would make NaN of exp(m - m)
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -224,16 +223,23 @@ __device__ void finish(Shared<L>& shared, const DecodeAttention& p, const Task& 
   }
 }
 
-// Blocks of a cluster: up to two a multiprocessor in all, and `slots` for each.
-inline int cluster_for(const DeviceInfo& device, const DecodeAttention& p, int64_t clusters,
-                       int64_t slots) {
-  const int most = device.major < 9 ? 1 : device.major == 9 ? kMaxCluster : kPortableCluster;
+// Blocks of `warps`, which take `slots` at once: in clusters of up to two a multiprocessor in all,
+// with slots for each.
+template <typename L, typename Kernel>
+void launch_attention(Kernel kernel, const DecodeAttention& p, int warps, int slots, void* stream) {
+  const DeviceInfo& device = device_info(kDecodeAttention);
+  const int64_t group = p.num_heads / p.num_kv_heads, rounds = ceil_div(group, L::kGroup);
+  const int64_t clusters = p.batch * p.num_kv_heads * rounds;
+  const int most = max_cluster(device);
   int cluster = 1;
   while (2 * cluster <= most && cluster * clusters <= device.num_sms &&
          cluster * slots < p.capacity) {
     cluster *= 2;
   }
-  return cluster;
+  const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
+                       static_cast<int>(p.head_dim)};
+  launch(kDecodeAttention, kernel, step_grid(p.num_kv_heads * rounds * cluster, p.batch, cluster),
+         warps * kWarpSize, 0, stream, p, split);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@
 
 #include "cluster.cuh"
 #include "decode_rows.cuh"
+#include "mma.cuh"
 #include "reduce.cuh"
 
 namespace hf_fuse {
@@ -61,25 +62,6 @@ struct Matmul {
   int block_tiles, longer;  // tiles of 16 rows of a cluster; the first `longer` have one more
 };
 
-template <typename T>
-__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                         uint32_t b0, uint32_t b1) {
-  // Volatile: the loads that follow into a's registers stay behind it.
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
 // sum += 16 rows of weights, of which w has two and the other lanes the rest, times a step of x.
 template <typename T, int kTiles>
 __device__ void multiply_step(float (&sum)[kTiles][4], const Vec16<T> (&w)[2], const uint4* x) {
@@ -92,10 +74,10 @@ __device__ void multiply_step(float (&sum)[kTiles][4], const Vec16<T> (&w)[2], c
     for (int i = 0; i < kTogether; ++i) v[i] = x[(j + i) * kTileSequences * 4];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i)
-      multiply<T>(sum[j + i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
+      multiply_add<T>(sum[j + i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
 #pragma unroll
     for (int i = 0; i < kTogether; ++i)
-      multiply<T>(sum[j + i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
+      multiply_add<T>(sum[j + i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
   }
 }
 

@@ -11,6 +11,7 @@ sizes and is closer to the fp32 model than rounding them to bfloat16 would be.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -297,16 +298,12 @@ class DecodeEngine:
         """The step as a graph. It runs once uncaptured, on the first slot, to build what is built
         once; then the state is that of `begin` again.
         """
-        sampler = self.sampler
-        seen = sampler.seen.clone() if sampler and sampler.seen is not None else None
-        drawn = sampler.generator_state() if sampler else None
         self.length.zero_()
-        self._run(select)
+        with self.sampler.trial() if self.sampler else nullcontext():
+            self._run(select)
         for state in (self.token, self.finished, self.step):
             state.zero_()
         self.length.fill_(-1)
-        if sampler:
-            sampler.put_back(seen, drawn)
         return self._capture(lambda: self._run(select))
 
     def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:

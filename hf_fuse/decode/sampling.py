@@ -8,7 +8,8 @@ it gives unpatched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +130,11 @@ class Sampler:
         if state is not None:
             self._generator().set_state(state)
 
-    def put_back(self, seen: Tensor | None, state: Tensor | None) -> None:
-        """Forget a trial run: what it saw and what it drew."""
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """A run that is forgotten: what it saw and what it drew."""
+        state, seen = self.generator_state(), None if self.seen is None else self.seen.clone()
+        yield
         if self.seen is not None and seen is not None:
             self.seen.copy_(seen)
         self.set_generator_state(state)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from hf_fuse.ops._library import on_load, use_kernel
+from hf_fuse.ops.decode_select import advance
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,10 @@ def reference(
     else:
         drawn = (scores.softmax(-1) / noise).argmax(-1)
         drawn = torch.where(scores.amax(-1).isfinite(), drawn, -1)
-    token.copy_(torch.where(finished != 0, pad, drawn))
-    finished.logical_or_(torch.isin(token, eos))
-    if int(step) < len(history):
-        history[int(step)] = token.to(history.device)
+    advance(token, finished, history, length, step, drawn, eos, pad)
     if seen is not None:
         inside = (token >= 0) & (token < seen.shape[1])
         seen[inside.nonzero()[:, 0], token[inside]] = 1
-    length.add_(1)
-    step.add_(1)
 
 
 @on_load

@@ -62,7 +62,21 @@ def reference(
     """The same in plain torch."""
     if int(step) < min_step:
         logits = logits.index_fill(1, eos, -torch.inf)
-    token.copy_(torch.where(finished != 0, pad, logits.argmax(-1)))
+    advance(token, finished, history, length, step, logits.argmax(-1), eos, pad)
+
+
+def advance(
+    token: Tensor,
+    finished: Tensor,
+    history: Tensor,
+    length: Tensor,
+    step: Tensor,
+    chosen: Tensor,
+    eos: Tensor,
+    pad: int,
+) -> None:
+    """The end of a step in plain torch, after `chosen` [batch] for the sequences not finished."""
+    token.copy_(torch.where(finished != 0, pad, chosen))
     finished.logical_or_(torch.isin(token, eos))
     if int(step) < len(history):
         history[int(step)] = token.to(history.device)

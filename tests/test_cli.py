@@ -125,9 +125,10 @@ def test_tpot_sweeps_batches_and_prompts(tmp_path, capsys, monkeypatch):
         assert all(f"{ms:.3f}" in printed for ms in tpot)
 
 
-def test_step_times_each_kernel(tmp_path, capsys):
+def test_step_times_each_kernel(device, tmp_path, capsys):
     path = tmp_path / "step.json"
-    assert cli.main(["step", "tiny-llama", "--batch-size", "2", "--json", str(path)]) == 0
+    arguments = ["--batch-size", "2", "--device", device, "--json", str(path)]
+    assert cli.main(["step", "tiny-llama", *arguments]) == 0
     printed, saved = capsys.readouterr().out, json.loads(path.read_text())
     counts = {row["name"]: row["count"] for row in saved["kernels"]}
     layers = counts["norm, QKV"]

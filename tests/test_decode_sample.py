@@ -406,11 +406,17 @@ def test_selection_of_anything_else_is_left_to_transformers() -> None:
 @pytest.mark.parametrize("ignored", [None, 0, 4, torch.tensor([0, 3, 9])])
 def test_seen_is_what_the_penalty_counts(ignored: Any, device: str) -> None:
     logits = 2.5 * torch.randn(3, 50, device=device)
-    ids = torch.randint(60, (3, 9), device=device)  # some beyond the head
-    processor = RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=ignored)
+    ids = torch.randint(50, (3, 9), device=device)
+    beyond = ids.clone()  # the head; transformers' own processor takes none in all versions
+    beyond[:, 5] = 57
+    ids[:, 5] = ids[:, 8]
+    try:
+        processor = RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=ignored)
+    except ValueError:
+        pytest.skip("this transformers takes one length for all prompts")
     found = selection(processor)
     assert found is not None
     sampler = Sampler(logits, draws=False, penalises=True)
-    sampler.begin(found, ids)
+    sampler.begin(found, beyond)
     expected = processor(ids, logits)
     assert_equal(kept_scores(logits, sampler.seen, sampler.filters, None), expected)

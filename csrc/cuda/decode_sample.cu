@@ -329,6 +329,7 @@ __device__ uint64_t sample(Shared& shared, Row<kItems>& row, uint64_t key) {
   }
   if (row.top_p < 1) last = last_kept<true>(shared, row, last, 0, 1 - row.top_p);
   cluster_arrive();  // the last that needs another block's memory
+  __syncthreads();   // block_max's memory is free
   key = block_max<kThreads>(row.race(last));
   cluster_wait();
   return key;

@@ -1,4 +1,4 @@
-// out = epilogue(weights · x + biases) on tensor cores, for up to 64 sequences at once (decode.h).
+// out = epilogue(weights · x + biases) on tensor cores, for up to 32 sequences at once (decode.h).
 //
 // Bytes: the weights, once. x is read from L2, once for every 128 rows of weights, so at most half
 // as many bytes as the weights. What the speed rests on:
@@ -29,8 +29,9 @@ namespace hf_fuse {
 namespace {
 
 constexpr int kMinBatch = 3;       // for fewer, the kernels without tensor cores
-constexpr int kMaxBatch = 64;      // at once
+constexpr int kMaxBatch = 32;      // at once
 constexpr int kStep = 32;          // elements of a row: 16 bytes for each of four lanes
+constexpr int kSumSteps = 4;       // that tensor cores add up
 constexpr int kTileRows = 16;      // of weights, that a warp takes at once
 constexpr int kTileSequences = 8;  // of a product
 constexpr int kBlockWarps = 8;
@@ -43,9 +44,7 @@ constexpr int kLead = 2;       // parts of x on their way before the first is us
 // of x find room beside them.
 __host__ __device__ constexpr int steps_ahead(int tiles) { return tiles > 2 ? 4 : 8; }
 // Steps of a part of x, and parts in shared memory, of which two kernels' blocks find room in it.
-__host__ __device__ constexpr int part_steps(int tiles) {
-  return tiles == 1 ? 8 : tiles <= 4 ? 4 : 2;
-}
+__host__ __device__ constexpr int part_steps(int tiles) { return tiles == 1 ? 8 : 4; }
 __host__ __device__ constexpr int part_stages(int tiles) { return tiles > 2 ? 3 : 4; }
 constexpr int kBlocksOfMultiprocessor = 2, kRegisters = 128;  // of a thread, so that there are
 
@@ -62,22 +61,35 @@ struct Matmul {
   int block_tiles, longer;  // tiles of 16 rows of a cluster; the first `longer` have one more
 };
 
-// sum += 16 rows of weights, of which w has two and the other lanes the rest, times a step of x.
+// sum += 16 rows of weights, of which w has two and the other lanes the rest, times a part of x of
+// up to `steps`. Tensor cores cut off what they add to a sum, so theirs are of a few steps only: as
+// many whatever the batch, so that a sequence does not depend on the others.
 template <typename T, int kTiles>
-__device__ void multiply_step(float (&sum)[kTiles][4], const Vec16<T> (&w)[2], const uint4* x) {
-  constexpr int kTogether = kTiles < 4 ? kTiles : 4;  // so that no product waits for the one before
-  const auto &a = w[0].words, &b = w[1].words;
+__device__ void multiply_part(float (&sum)[kTiles][4], const Vec16<T> (*w)[2], const uint4* x,
+                              int steps) {
 #pragma unroll
-  for (int j = 0; j < kTiles; j += kTogether) {
-    uint4 v[kTogether];
+  for (int first = 0; first < part_steps(kTiles); first += kSumSteps) {
+    float part[kTiles][4] = {};
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i) v[i] = x[(j + i) * kTileSequences * 4];
+    for (int s = first; s < first + kSumSteps; ++s) {
+      if (s >= steps) break;
+      const auto &a = w[s][0].words, &b = w[s][1].words;
+      uint4 v[kTiles];
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      multiply_add<T>(sum[j + i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
+      for (int i = 0; i < kTiles; ++i) v[i] = x[(s * kTiles + i) * kTileSequences * 4];
+      // No product waits for the one before.
 #pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      multiply_add<T>(sum[j + i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
+      for (int i = 0; i < kTiles; ++i)
+        multiply_add<T>(part[i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i)
+        multiply_add<T>(part[i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[i][e] += part[i][e];
+    }
   }
 }
 
@@ -231,7 +243,7 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
       init_barrier(&full[i], kBlockThreads);
-      init_barrier(&empty[i], kBlockWarps);
+      init_barrier(&empty[i], kBlockThreads);
     }
     if (splits > 1) {
       expect_stores(&received, (splits - 1) * sums_of(rank, end - begin) * kWarpSize * 16);
@@ -275,7 +287,6 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
     const int tile = first + warp;
     const bool active = tile < end;
     float sum[kTiles][4] = {};
-    const uint4* part = shared;
     for (int step = 0; step < steps; step += kAhead) {
       int ahead = 0;  // steps there are to load
       if (step + kAhead < steps) {
@@ -286,22 +297,21 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
         if (tile + kBlockWarps < end) ahead = steps;
       }
 #pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
+      for (int s = 0; s < kAhead; s += kPartSteps) {
         if (step + s < steps) {
-          if (s % kPartSteps == 0) {
-            wait_for(&full[stage], parity);
-            part = shared + stage * kPartPieces + group * 4 + quarter;
-          }
-          if (active) multiply_step<T>(sum, w[s], part + s % kPartSteps * kStepPieces);
-          if (s % kPartSteps == 0) load_x();
-          if (s % kPartSteps == kPartSteps - 1 || step + s == steps - 1) {
-            __syncwarp();
-            if (lane == 0) arrive(&empty[stage]);
-            if (++stage == kStages) stage = 0, parity ^= 1;
-          }
+          wait_for(&full[stage], parity);
+          const uint4* part = shared + stage * kPartPieces + group * 4 + quarter;
+          if (active) multiply_part<T>(sum, w + s, part, steps - step - s);
+          arrive(&empty[stage]);
+          if (++stage == kStages) stage = 0, parity ^= 1;
+          load_x();
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) load_weights<false>(w[s][i], row[i] + s * kStep, s < ahead);
+        for (int i = s; i < s + kPartSteps; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            load_weights<false>(w[i][half], row[half] + i * kStep, i < ahead);
+        }
       }
     }
 
@@ -482,10 +492,8 @@ void DecodeMatmulOf<T>::run(const DecodeLinear& p, int64_t units, void* stream) 
       launch_matmul<T, 1>(part, units, stream);
     else if (tiles <= 2)
       launch_matmul<T, 2>(part, units, stream);
-    else if (tiles <= 4)
-      launch_matmul<T, 4>(part, units, stream);
     else
-      launch_matmul<T, 8>(part, units, stream);
+      launch_matmul<T, 4>(part, units, stream);
   }
 }
 

@@ -11,7 +11,7 @@ from hf_fuse.ops.activations import ACTIVATIONS
 
 # On a GPU decode_linear reads 16-bit weights once for this many sequences, on tensor cores, where a
 # row suits them; all others once for every 4. Above, cuBLAS.
-MAX_SEQUENCES, MAX_SEQUENCES_OF_OTHERS = 64, 8
+MAX_SEQUENCES, MAX_SEQUENCES_OF_OTHERS = 32, 8
 TENSOR_CORE_SIZES = range(32, 16384 + 1, 32)
 
 
@@ -81,22 +81,27 @@ def matmul(
         bias = None if norm.bias is None else norm.bias.to(x.dtype)
         x = ops.add_norm(x, norm.weight.to(x.dtype), bias, eps=norm.eps, kind=norm.kind)[1]
     x = x.to(projection.weights[0].dtype)
-    pairs = zip(projection.weights, projection.biases, strict=True)
-    ys = [_product(x, weight, bias) for weight, bias in pairs]
-    if epilogue == "gated":
-        out.copy_(ops.gated_act(ys[0], ys[1], act))
-        return
-    y = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
-    if epilogue == "add":
-        out.add_(y)
-    else:
-        out.copy_(ops.bias_act(y, None, act) if epilogue == "act" else y)
+    wide = epilogue in ("store", "add")
+    rows = sum(map(len, projection.weights))
+    y = out if wide else out.new_empty(len(x), rows, dtype=torch.float32)
+    first = 0
+    for weight, bias in zip(projection.weights, projection.biases, strict=True):
+        _multiply(y[:, first : first + len(weight)], x, weight, bias, add=epilogue == "add")
+        first += len(weight)
+    if epilogue == "act":
+        out.copy_(ops.bias_act(y, None, act))
+    elif epilogue == "gated":
+        gate, up = y.chunk(2, -1)
+        out.copy_(ops.gated_act(gate, up, act))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias in fp32."""
+def _multiply(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: bool = False
+) -> None:
+    """out = x @ weight.T + bias in fp32, or the same added to it."""
     if x.is_cuda and x.dtype != torch.float32:
-        y = torch.mm(x, weight.T, out_dtype=torch.float32)
+        torch.addmm(out, x, weight.T, out_dtype=torch.float32, beta=int(add), out=out)
     else:
-        y = x.float() @ weight.float().T
-    return y if bias is None else y + bias
+        torch.addmm(out, x.float(), weight.float().T, beta=int(add), out=out)
+    if bias is not None:
+        out.add_(bias)

@@ -70,14 +70,25 @@ def decode_section() -> str:
     results = [_load(path.name) for path in sorted(RESULTS.glob("decode-*.json"))]
     gpu = [r for r in results if r["device"].startswith("NVIDIA")]
     cpu = [r for r in results if not r["device"].startswith("NVIDIA")]
+    sides = ("unpatched", "static_compile", "patched", "sampled")
     rows = [
         [
             r["model"].removeprefix("shape:"),
-            *(f"{r['result'][side]['tpot_ms']['p50']:.3f}" for side in ("unpatched", "patched")),
-            f"{r['result']['speedup']:.1f}",
-            *(f"{r['result'][side]['ttft_ms']['p50']:.1f}" for side in ("unpatched", "patched")),
+            *(f"{r['result'][side]['tpot_ms']['p50']:.3f}" for side in sides),
+            f"{r['result']['floor_ms']:.3f}",
+            *(f"{r['result'][side]['ttft_ms']['p50']:.1f}" for side in sides[:3]),
         ]
         for r in gpu
+    ]
+    contexts = [
+        [
+            run["model"].removeprefix("shape:"),
+            str(r["prompt_length"]),
+            *(f"{r[side]['tpot_ms']['p50']:.3f}" for side in ("unpatched", "patched")),
+            f"{r['floor_ms']:.3f}",
+        ]
+        for run in (_load(path.name) for path in sorted(RESULTS.glob("context-*.json")))
+        for r in run["results"]
     ]
     cpu_rows = [
         [r["model"].removeprefix("shape:"), r["dtype"], f"{r['result']['speedup']:.2f}"]
@@ -89,11 +100,20 @@ def decode_section() -> str:
             f"`model.generate`, greedy, one sequence, prompt 128, 128 new tokens, end of sequence "
             f"checked, {first['dtype']}, published shapes with random weights, measured on an "
             f"{first['device']} (torch {first['versions']['torch']}, transformers "
-            f"{first['versions']['transformers']}, {first['date'][:10]}). Unpatched is "
-            f"transformers' eager mode.",
+            f"{first['versions']['transformers']}, {first['date'][:10]}). Milliseconds, medians: "
+            f"time per output token in transformers' eager mode, with its static cache and "
+            f"`torch.compile`, patched, and patched sampling (temperature, top-k, top-p); the "
+            f"floor, a step's bytes at the read bandwidth measured in the same run; then the time "
+            f"to the first token.",
             _markdown(
-                ["shape", "TPOT ms", "patched", "×", "TTFT ms", "patched"], rows
+                [
+                    "shape", "eager", "compiled", "patched", "sampling", "floor",
+                    "TTFT eager", "compiled", "patched",
+                ],
+                rows,
             ),
+            "After longer prompts, 64 new tokens:",
+            _markdown(["shape", "prompt", "eager", "patched", "floor"], contexts),
             "On two CPU cores, TPOT, ratios of one run each:",
             _markdown(["shape", "dtype", "×"], cpu_rows),
             "Perplexity in bf16, the patched model token by token through those steps (tiny "

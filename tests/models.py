@@ -174,6 +174,9 @@ REAL_SHAPES = (
     _gpt2_shape("gpt2-medium", 1024, 16),
     _gpt2_shape("gpt2-large", 1280, 20),
 )
+SLOW_SHAPES = tuple(
+    case.id for case in REAL_SHAPES if case.id not in ("SmolLM-135M", "pythia-160m", "gpt2")
+)
 
 
 def heads_of_16(case: Case) -> Case:

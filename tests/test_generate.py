@@ -15,6 +15,8 @@ from helpers import count_ops
 from models import (
     LLAMA,
     PLAIN,
+    REAL_SHAPES,
+    SLOW_SHAPES,
     TRAINED,
     VARIANTS,
     Case,
@@ -67,12 +69,29 @@ def compare(model: PreTrainedModel, new: int = 24, **inputs: Any) -> Any:
     return actual, expected
 
 
-@cases(VARIANTS, TRAINED)
+def check_greedy(model: PreTrainedModel, batch: int, new: int) -> None:
+    """`compare` for one sequence, or for several with padding at their left."""
+    ids = tokens_for(model, batch, 19)
+    compare(model, new, **(padded(ids, "left") if batch > 1 else {"input_ids": ids}))
+
+
+@cases(VARIANTS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_greedy_tokens_are_the_unpatched_models(case: Case, batch: int, device: str) -> None:
-    model = heads_of_16(case).build(device=device)
-    ids = tokens_for(model, batch, 19)
-    compare(model, 128, **(padded(ids, "left") if batch > 1 else {"input_ids": ids}))
+    check_greedy(heads_of_16(case).build(device=device), batch, 128)
+
+
+@cases(TRAINED)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_256_greedy_tokens_of_trained_models(case: Case, batch: int, device: str) -> None:
+    """GPT-2 has positions for 237 after the prompt."""
+    check_greedy(case.build(device=device), batch, 237 if case.model_type == "gpt2" else 256)
+
+
+@cases(REAL_SHAPES, slow=SLOW_SHAPES)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_256_greedy_tokens_at_real_shapes(case: Case, batch: int, device: str) -> None:
+    check_greedy(case.build(device=device), batch, 256)
 
 
 @cases(PLAIN)

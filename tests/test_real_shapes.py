@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 from answers import check, check_forward, check_greedy, gradients
-from models import REAL_SHAPES, Case, cases, tokens_for
+from models import REAL_SHAPES, SLOW_SHAPES, Case, cases, tokens_for
 
-QUICK = ("SmolLM-135M", "pythia-160m", "gpt2")
-each_shape = cases(REAL_SHAPES, slow=tuple(c.id for c in REAL_SHAPES if c.id not in QUICK))
+each_shape = cases(REAL_SHAPES, slow=SLOW_SHAPES)
 
 
 @each_shape

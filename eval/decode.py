@@ -45,6 +45,7 @@ class Percentiles:
 class Timing:
     """How fast one variant decoded.
 
+    first_call_s: the very first `generate`, with what is compiled, loaded or captured for it.
     ttft_ms: from the call of `generate` to the first token, over the repeats.
     tpot_ms: from one token to the next, over all later tokens of all repeats.
     tokens_per_s: new tokens of the whole batch over the whole call, the median repeat.
@@ -52,6 +53,7 @@ class Timing:
         peak resident size so far, which cannot tell the variants apart.
     """
 
+    first_call_s: float
     ttft_ms: Percentiles
     tpot_ms: Percentiles
     tokens_per_s: float
@@ -206,6 +208,7 @@ def first_mismatch(expected: Tensor, got: Tensor) -> tuple[int, int] | None:
 class _Variant:
     """One side of the comparison: its turns' tokens and times."""
 
+    first_call_s: float | None = None
     tokens: list[Tensor] = field(default_factory=list)
     ttft_ms: list[float] = field(default_factory=list)
     tpot_ms: list[float] = field(default_factory=list)
@@ -216,11 +219,15 @@ class _Variant:
         self, model: nn.Module, input_ids: Tensor, new_tokens: int, **options: Any
     ) -> None:
         """A warm-up of the same shape, then the timed `generate`."""
-        _generate(model, input_ids, new_tokens, None, **options)
         device = input_ids.device
+        synchronize(device)
+        start = time.perf_counter()
+        _generate(model, input_ids, new_tokens, None, **options)
+        synchronize(device)
+        if self.first_call_s is None:
+            self.first_call_s = time.perf_counter() - start
         reset_peak_memory(device)
         clock = _Clock()
-        synchronize(device)
         start = time.perf_counter()
         tokens = _generate(model, input_ids, new_tokens, clock, **options)
         synchronize(device)
@@ -232,7 +239,10 @@ class _Variant:
         self.peak_memory = max(self.peak_memory, peak_memory_bytes(device))
 
     def timing(self) -> Timing:
+        """Of one turn and more."""
+        assert self.first_call_s is not None
         return Timing(
+            first_call_s=self.first_call_s,
             ttft_ms=Percentiles.of(self.ttft_ms),
             tpot_ms=Percentiles.of(self.tpot_ms),
             tokens_per_s=statistics.median(self.tokens_per_s),

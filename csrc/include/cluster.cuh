@@ -7,7 +7,7 @@
 
 namespace hf_fuse {
 
-constexpr int kMaxCluster = 16, kPortableCluster = 8;  // blocks; 16 on sm_90 alone
+constexpr int kMaxCluster = 16;  // blocks; on sm_90 alone
 
 inline int max_cluster(const DeviceInfo& device) {
   return device.major < 9 ? 1 : device.major == 9 ? kMaxCluster : kPortableCluster;

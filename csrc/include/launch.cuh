@@ -78,6 +78,8 @@ struct Grid {
   int carveout = -1;  // shared memory's part of the L1 cache, in percent; -1: the driver's choice
 };
 
+constexpr int kPortableCluster = 8;  // blocks; more only on GPUs that allow it
+
 template <typename... Params, typename... Args>
 void launch(const char* op, void (*kernel)(Params...), Grid grid, dim3 block, int shared_bytes,
             void* stream, const Args&... args) {
@@ -93,7 +95,6 @@ void launch(const char* op, void (*kernel)(Params...), Grid grid, dim3 block, in
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                         grid.carveout));
   }
-  constexpr int kPortableCluster = 8;
   if (grid.cluster > kPortableCluster) {
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }

@@ -208,7 +208,7 @@ def first_mismatch(expected: Tensor, got: Tensor) -> tuple[int, int] | None:
 class _Variant:
     """One side of the comparison: its turns' tokens and times."""
 
-    first_call_s: float | None = None
+    warm_up_s: list[float] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
     ttft_ms: list[float] = field(default_factory=list)
     tpot_ms: list[float] = field(default_factory=list)
@@ -224,8 +224,7 @@ class _Variant:
         start = time.perf_counter()
         _generate(model, input_ids, new_tokens, None, **options)
         synchronize(device)
-        if self.first_call_s is None:
-            self.first_call_s = time.perf_counter() - start
+        self.warm_up_s.append(time.perf_counter() - start)
         reset_peak_memory(device)
         clock = _Clock()
         start = time.perf_counter()
@@ -239,10 +238,8 @@ class _Variant:
         self.peak_memory = max(self.peak_memory, peak_memory_bytes(device))
 
     def timing(self) -> Timing:
-        """Of one turn and more."""
-        assert self.first_call_s is not None
         return Timing(
-            first_call_s=self.first_call_s,
+            first_call_s=self.warm_up_s[0],
             ttft_ms=Percentiles.of(self.ttft_ms),
             tpot_ms=Percentiles.of(self.tpot_ms),
             tokens_per_s=statistics.median(self.tokens_per_s),

@@ -174,9 +174,6 @@ REAL_SHAPES = (
     _gpt2_shape("gpt2-medium", 1024, 16),
     _gpt2_shape("gpt2-large", 1280, 20),
 )
-SLOW_SHAPES = tuple(
-    case.id for case in REAL_SHAPES if case.id not in ("SmolLM-135M", "pythia-160m", "gpt2")
-)
 
 
 def heads_of_16(case: Case) -> Case:
@@ -195,6 +192,12 @@ def cases(*groups: tuple[Case, ...], slow: tuple[str, ...] = ()) -> pytest.MarkD
             for c in group
         ],
     )
+
+
+QUICK_SHAPES = ("SmolLM-135M", "pythia-160m", "gpt2")
+each_real_shape = cases(
+    REAL_SHAPES, slow=tuple(c.id for c in REAL_SHAPES if c.id not in QUICK_SHAPES)
+)
 
 
 def randomize(model: nn.Module, scale: float, seed: int = 0) -> None:

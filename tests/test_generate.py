@@ -15,12 +15,11 @@ from helpers import count_ops
 from models import (
     LLAMA,
     PLAIN,
-    REAL_SHAPES,
-    SLOW_SHAPES,
     TRAINED,
     VARIANTS,
     Case,
     cases,
+    each_real_shape,
     heads_of_16,
     padded,
     tokens_for,
@@ -69,7 +68,7 @@ def compare(model: PreTrainedModel, new: int = 24, **inputs: Any) -> Any:
     return actual, expected
 
 
-def check_greedy(model: PreTrainedModel, batch: int, new: int) -> None:
+def compare_greedy(model: PreTrainedModel, batch: int, new: int) -> None:
     """`compare` for one sequence, or for several with padding at their left."""
     ids = tokens_for(model, batch, 19)
     compare(model, new, **(padded(ids, "left") if batch > 1 else {"input_ids": ids}))
@@ -78,20 +77,20 @@ def check_greedy(model: PreTrainedModel, batch: int, new: int) -> None:
 @cases(VARIANTS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_greedy_tokens_are_the_unpatched_models(case: Case, batch: int, device: str) -> None:
-    check_greedy(heads_of_16(case).build(device=device), batch, 128)
+    compare_greedy(heads_of_16(case).build(device=device), batch, 128)
 
 
 @cases(TRAINED)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_256_greedy_tokens_of_trained_models(case: Case, batch: int, device: str) -> None:
     """GPT-2 has positions for 237 after the prompt."""
-    check_greedy(case.build(device=device), batch, 237 if case.model_type == "gpt2" else 256)
+    compare_greedy(case.build(device=device), batch, 237 if case.model_type == "gpt2" else 256)
 
 
-@cases(REAL_SHAPES, slow=SLOW_SHAPES)
+@each_real_shape
 @pytest.mark.parametrize("batch", [1, 5])
 def test_256_greedy_tokens_at_real_shapes(case: Case, batch: int, device: str) -> None:
-    check_greedy(case.build(device=device), batch, 256)
+    compare_greedy(case.build(device=device), batch, 256)
 
 
 @cases(PLAIN)

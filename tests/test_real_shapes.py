@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 from answers import check, check_forward, check_greedy, gradients
-from models import REAL_SHAPES, SLOW_SHAPES, Case, cases, tokens_for
-
-each_shape = cases(REAL_SHAPES, slow=SLOW_SHAPES)
+from models import Case, each_real_shape, tokens_for
 
 
-@each_shape
+@each_real_shape
 def test_forward_and_gradients_at_real_shapes(case: Case, device: str) -> None:
     model = case.build(device=device)
     check_forward(model)
@@ -19,6 +17,6 @@ def test_forward_and_gradients_at_real_shapes(case: Case, device: str) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@each_shape
+@each_real_shape
 def test_64_greedy_tokens_at_real_shapes(case: Case, cache: str, device: str) -> None:
     check_greedy(case.build(device=device), cache)

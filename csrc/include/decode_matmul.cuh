@@ -202,7 +202,8 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
   // From a cluster's other blocks: [block][sum][lane]. For many sequences where x was.
   constexpr int kSums = (kMaxSplits - 1) * slots_of(kTiles, kMaxSplits) * kWarpSize;
   constexpr bool kSumsInX = kTiles > 2;
-  __shared__ uint4 shared[!kSumsInX ? kXPieces + kSums : kXPieces > kSums ? kXPieces : kSums];
+  static_assert(!kSumsInX || kSums <= kXPieces);
+  __shared__ uint4 shared[kSumsInX ? kXPieces : kXPieces + kSums];
   __shared__ uint64_t full[kStages], empty[kStages], received;
   float4* const sums = reinterpret_cast<float4*>(shared + (kSumsInX ? 0 : kXPieces));
   pdl_trigger();

@@ -16,8 +16,9 @@ constexpr const char* kDecodeAttention = "decode_attention";  // the op's name i
 
 namespace {
 
-constexpr int kElements = 8;                     // of a cache row, that a lane holds
-constexpr int kMaxWarps = 8, kLongCache = 4096;  // of a block; slots from which it has them
+constexpr int kElements = 8;         // of a cache row, that a lane holds
+constexpr int kMaxWarps = 8;         // of a block
+constexpr int kLongCache = 1024;     // slots from which other kernels and blocks are faster
 constexpr float kLowest = -FLT_MAX;  // the maximum of nothing: -inf would make NaN of exp(m - m)
 constexpr float kLog2e = 1.4426950408889634f;
 

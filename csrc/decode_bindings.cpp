@@ -288,6 +288,52 @@ void decode_sample(Tensor token, Tensor finished, Tensor history, Tensor length,
   DeviceGuard guard(logits);
   hf_fuse::decode_sample(p, stream_of(logits));
 }
+
+DecodeLayers layers_of(const Tensor& table, int64_t num_layers, int64_t num_heads, int64_t middle) {
+  const char* op = "decode_layers";
+  DecodeLayers p{};
+  p.dtype = dtype_of(op, "table", table);
+  if (table.dim() != 2) fail(op, ": table must be [vocab, size], got ", shape_of(table));
+  p.num_layers = num_layers, p.num_heads = num_heads, p.middle = middle;
+  p.vocab = table.size(0), p.size = table.size(1);
+  return p;
+}
+
+bool decode_layers_suits(Tensor table, int64_t num_layers, int64_t num_heads, int64_t middle) {
+  DeviceGuard guard(table);
+  return hf_fuse::decode_layers_suits(layers_of(table, num_layers, num_heads, middle));
+}
+
+void decode_layers(Tensor residual, Tensor workspace, Tensor layers, Tensor token, Tensor table,
+                   Tensor positions, Tensor length, Tensor start, int64_t num_heads, int64_t middle,
+                   int64_t capacity, double eps, double scaling, int64_t act) {
+  const char* op = "decode_layers";
+  constexpr int64_t kPointers = sizeof(DecodeLayers::Layer) / sizeof(void*);
+  const int64_t num_layers = layers.numel() / kPointers;
+  DecodeLayers p = layers_of(table, num_layers, num_heads, middle);
+  check_matrix(op, "table", table, p.vocab, p.size);
+  check_like(op, "positions", positions, "table", table);
+  p.num_positions = positions.size(0);
+  check_matrix(op, "positions", positions, p.num_positions, p.size);
+  check_matrix(op, "residual", residual, 1, p.size);
+  check_float32(op, "residual", residual);
+  check_int64(op, "layers", layers, num_layers * kPointers);
+  check_int64(op, "workspace", workspace, decode_layers_workspace_size(p.size) / 8);
+  check_int64(op, "token", token, 1);
+  check_int64(op, "length", length, 1);
+  check_int64(op, "start", start, 1);
+  const Tensor* present[] = {&residual, &workspace, &layers, &token, &length, &start};
+  for (const Tensor* t : present)
+    check_device(op, "residual, workspace, layers, token, length and start", *t, "table", table);
+  p.layers = static_cast<const DecodeLayers::Layer*>(layers.data_ptr());
+  p.capacity = capacity, p.eps = static_cast<float>(eps), p.act = act_of(op, act);
+  p.scaling = static_cast<float>(scaling);
+  p.table = table.data_ptr(), p.positions = positions.data_ptr();
+  p.token = int64_of(token), p.length = int64_of(length), p.start = int64_of(start);
+  p.residual = static_cast<float*>(residual.data_ptr()), p.workspace = workspace.data_ptr();
+  DeviceGuard guard(table);
+  hf_fuse::decode_layers(p, stream_of(table));
+}
 #endif
 
 }  // namespace bindings
@@ -324,6 +370,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
       "decode_sample(Tensor(a!) token, Tensor(b!) finished, Tensor(c!) history, Tensor(d!) length, "
       "Tensor(e!) step, Tensor(f!) workspace, Tensor(g!)? seen, Tensor logits, Tensor? noise, "
       "Tensor filters, Tensor eos, int pad, int min_step=0) -> ()");
+  // the embedding and all layers for one sequence; layers: addresses, as DecodeLayers::Layer
+  m.def(
+      "decode_layers(Tensor(a!) residual, Tensor(b!) workspace, Tensor layers, Tensor token, "
+      "Tensor table, Tensor positions, Tensor length, Tensor start, int num_heads, int middle, int "
+      "capacity, float eps, float scaling, int act) -> ()");
+  m.def("decode_layers_suits(Tensor table, int num_layers, int num_heads, int middle) -> bool");
 }
 #define HF_FUSE_KEY CPU
 #else
@@ -338,5 +390,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fuse, HF_FUSE_KEY, m) {
   m.impl("decode_select", TORCH_BOX(&hf_fuse::bindings::decode_select));
 #ifdef HF_FUSE_CUDA
   m.impl("decode_sample", TORCH_BOX(&hf_fuse::bindings::decode_sample));
+  m.impl("decode_layers", TORCH_BOX(&hf_fuse::bindings::decode_layers));
+  m.impl("decode_layers_suits", TORCH_BOX(&hf_fuse::bindings::decode_layers_suits));
 #endif
 }

@@ -173,6 +173,7 @@ REAL_SHAPES = (
     _gpt2_shape("gpt2", 768, 12),
     _gpt2_shape("gpt2-medium", 1024, 16),
     _gpt2_shape("gpt2-large", 1280, 20),
+    _gpt2_shape("gpt2-xl", 1600, 25),
 )
 
 

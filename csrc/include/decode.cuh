@@ -1,6 +1,7 @@
 // A step's kernels overlap: each starts while the one before it ends, and loads what no kernel of
 // the step writes (weights) before it waits for the rest.
 #pragma once
+#include "decode.h"
 #include "launch.cuh"
 #include "vec.cuh"
 
@@ -57,5 +58,12 @@ __device__ inline int64_t load_before_wait(const int64_t* ptr) {
   asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(ptr) : "memory");
   return value;
 }
+
+// decode_layers.cuh: of a dtype; whether it can run, and unless only asked it runs.
+template <typename T>
+struct DecodeLayersOf {
+  static bool run(const DecodeLayers& p, void* stream, bool only_ask);
+};
+constexpr int kSumSets = 16;  // of sums, used in turn by the phases: attention and MLP of a layer
 
 }  // namespace hf_fuse

@@ -66,6 +66,37 @@ struct DecodeAttention {
 };
 void decode_attention(const DecodeAttention& p, void* stream);
 
+// The layers of a step for one sequence as one kernel, where the model and the GPU suit it:
+// pre-norm LayerNorms, learned positions, as many key heads as query heads, an MLP of one
+// activation, biases.
+//   residual = table[token] + positions[length - start], then for each layer
+//   residual += attention_out(attention(qkv(norm(residual))))
+//   residual += mlp_out(act(mlp_in(norm(residual))))
+// with decode_linear's weights and decode_attention's caches. What is added to the residual stream
+// is summed in fixed point, the same whatever the order: 2^-32, up to 2^17 for a block's part. A
+// part above that, or a NaN, makes the residual NaN.
+struct DecodeLayers {
+  struct Layer {
+    const void *attention_norm_weight, *attention_norm_bias, *qkv, *qkv_bias;
+    const void *attention_out, *attention_out_bias;
+    const void *mlp_norm_weight, *mlp_norm_bias, *mlp_in, *mlp_in_bias, *mlp_out, *mlp_out_bias;
+    void *keys, *values;  // [num_heads, capacity, head_dim]
+  };
+  DType dtype;
+  int64_t num_layers, size, num_heads, middle, vocab, num_positions, capacity;
+  const Layer* layers;  // [num_layers], on the device
+  float eps, scaling;
+  Act act;
+  const int64_t* token;           // [1]
+  const void *table, *positions;  // [vocab, size], [num_positions, size]
+  const int64_t *length, *start;
+  float* residual;  // [size]
+  void* workspace;  // decode_layers_workspace_size(size) bytes, zero at first
+};
+int64_t decode_layers_workspace_size(int64_t size);
+bool decode_layers_suits(const DecodeLayers& p);  // by dtype, sizes and the current GPU
+void decode_layers(const DecodeLayers& p, void* stream);
+
 // residual[b] = table[token[b]] (+ positions[length - start[b]]), in fp32.
 struct DecodeEmbed {
   DType dtype;

@@ -59,26 +59,6 @@ struct RowTable {
   }
 };
 
-template <typename T>
-__device__ inline float load_float(const T* ptr) {
-  return load<Vec<T, 1>>(ptr).floats()[0];
-}
-
-// An activation in few instructions. The asm keeps the compiler from a jump table: that is one
-// more line of constants to wait for.
-__device__ inline float apply_act(Act act, float x) {
-  if (act == Act::kSilu || act == Act::kGeluTanh) {
-    // 0.5 (1 + tanh(z / 2)) = 1 / (1 + exp(-z))
-    const float gelu = 2.f * kSqrtTwoOverPi * (x + kGeluCubic * x * x * x);
-    return __fdividef(x, 1.f + expf(act == Act::kSilu ? -x : -gelu));
-  }
-  int other = static_cast<int>(act);
-  asm volatile("" : "+r"(other));
-  if (other == static_cast<int>(Act::kGelu)) return activate<Act::kGelu>(x);
-  const float relu = activate<Act::kRelu>(x);
-  return other == static_cast<int>(Act::kRelu) ? relu : relu * relu;
-}
-
 // What an output needs beside its sums, loaded long before: it may come from memory.
 template <typename T, Layout kLayout>
 struct Extras {

@@ -147,6 +147,11 @@ __device__ inline V load(const typename V::Element* ptr) {
   return v;
 }
 
+template <typename T>
+__device__ inline float load_float(const T* ptr) {
+  return load<Vec<T, 1>>(ptr).floats()[0];
+}
+
 // For what a kernel reads once: past L1, which is left to the weights that every row reads.
 template <typename V>
 __device__ inline V load_once(const typename V::Element* ptr) {

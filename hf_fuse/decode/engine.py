@@ -24,6 +24,7 @@ from hf_fuse.decode.prefill import prefill
 from hf_fuse.decode.projection import project, project_two
 from hf_fuse.decode.sampling import Sampler, Selection
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec
+from hf_fuse.decode.stack import Stack
 from hf_fuse.ops.decode_select import workspace
 
 CAPACITY_STEP = 256  # cache slots are allocated in steps of this, so that engines are used again
@@ -238,13 +239,18 @@ class DecodeEngine:
         """The step, but for the selection."""
         spec, residual = self.spec, self._residual
         options: dict[str, Any] = {"backend": self.backend}
-        embed = partial(
-            ops.decode_embed, residual, self.token, spec.embedding, spec.positions, self.length,
-            self.start, **options,
-        )  # fmt: skip
-        yield Kernel("embed", embed)
-        for layer, keys, values in zip(spec.layers, self.keys, self.values, strict=True):
-            yield from self._layer(layer, keys, values)
+        stack = Stack.of(spec, self.keys, self.values, self.backend) if self.batch == 1 else None
+        if stack:
+            run = partial(stack.run, residual, self.token, self.length, self.start)
+            yield Kernel("embed, layers", run, stack.weights)
+        else:
+            embed = partial(
+                ops.decode_embed, residual, self.token, spec.embedding, spec.positions, self.length,
+                self.start, **options,
+            )  # fmt: skip
+            yield Kernel("embed", embed)
+            for layer, keys, values in zip(spec.layers, self.keys, self.values, strict=True):
+                yield from self._layer(layer, keys, values)
         head = partial(project, self.logits, residual, spec.head, norm=spec.final_norm, **options)
         yield Kernel("norm, head", head, spec.head.weights)
 

@@ -6,6 +6,7 @@ from hf_fuse.ops.add_norm import add_norm
 from hf_fuse.ops.bias_act import bias_act
 from hf_fuse.ops.decode_attention import decode_attention
 from hf_fuse.ops.decode_embed import decode_embed
+from hf_fuse.ops.decode_layers import decode_layers
 from hf_fuse.ops.decode_linear import decode_linear, decode_linear_two
 from hf_fuse.ops.decode_sample import decode_sample
 from hf_fuse.ops.decode_select import decode_select
@@ -21,6 +22,7 @@ __all__ = [
     "bias_act",
     "decode_attention",
     "decode_embed",
+    "decode_layers",
     "decode_linear",
     "decode_linear_two",
     "decode_sample",

@@ -58,16 +58,17 @@ __host__ __device__ inline int first_unit_of(int cluster, int64_t middle, int cl
   return static_cast<int>(cluster * (middle / kGroup) / clusters) * kGroup;
 }
 
-// What the workspace holds: the sums, and how many blocks have begun to add to this layer's sums of
-// a phase: a hint when to look. Last whether a sum was out of range.
+// What the workspace holds: the sums; how many blocks have come to the last slot of attention_out,
+// and of mlp_out, of all layers so far, a hint when to look at the sums; whether one was out of
+// range.
 struct Sums {
   int64_t* sets;
-  unsigned *begun, *invalid;
+  unsigned *ending, *invalid;
   int size;
   __host__ __device__ Sums(void* workspace, int64_t size)
       : sets(static_cast<int64_t*>(workspace)),
-        begun(reinterpret_cast<unsigned*>(sets + kSumSets * size)),
-        invalid(begun + 2),
+        ending(reinterpret_cast<unsigned*>(sets + kSumSets * size)),
+        invalid(ending + 2),
         size(static_cast<int>(size)) {}
   __device__ int64_t* of(int phase) const { return sets + (phase & (kSumSets - 1)) * size; }
 };
@@ -80,13 +81,15 @@ struct LayersPlan {
 template <typename T, int kGroups, int kUnitGroups>
 struct LayersShared {
   using L = Layout<T, kHeadChunks, 1>;
-  static constexpr int kRows = std::max(3 * kHeadShare, kUnitGroups* kGroup / kCluster);
+  // Of a block's share of q, k and v, or of the middle.
+  static constexpr int kRows = 2 * kWorkers / kWarps;
+  static_assert(kRows >= 3 * kHeadShare && kRows >= kUnitGroups * kGroup / kCluster);
   uint64_t full[kMaxSlots], empty[kMaxSlots];
   uint64_t got_input, got_attention, got_middle;        // from the cluster's blocks
   Shared<L> head;                                       // q, k, v; what each warp attended to
   alignas(16) uint4 x[2][kGroups * kWarps * kQuarter];  // the norm's result, what its rounding left
   float2 moments[kWarps];
-  float sums[kRows][kWarps], bias[kRows];
+  float sums[kRows][kWarps];
   alignas(16) float attended_of[kCluster][kHead], attended[kHead], middle[kUnitGroups * kGroup];
   float2 max_sum[kCluster];
   uint4 tile[2][L::kSlots][kWorkers];  // of keys and values, each lane its own
@@ -241,6 +244,7 @@ struct Worker {
   const bool owner = static_cast<int>(threadIdx.x) * 8 < size;  // of 8 elements of the residual
   Cursor from;
   float residual[8] = {}, mean = 0.f;
+  int added = 0;  // phases whose sums are in the residual
   uint32_t x[kGroups][4];
 
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
@@ -273,14 +277,14 @@ struct Worker {
     const V bias = vector(phase % 2 ? y.mlp_out_bias : y.attention_out_bias);
     const int adding = phase % 2 ? clusters : static_cast<int>(p.num_heads);
     if (t == 0) {
-      const unsigned all_begun = (phase / 2 + 1) * adding * kCluster;
-      unsigned begun;
+      const unsigned all_ending = (phase / 2 + 1) * adding * kCluster;
+      unsigned blocks;
       do {
         asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                     : "=r"(begun)
-                     : "l"(all.begun + phase % 2)
+                     : "=r"(blocks)
+                     : "l"(all.ending + phase % 2)
                      : "memory");
-      } while (begun < all_begun);
+      } while (blocks < all_ending);
     }
     sync();
     if (!owner) return;
@@ -365,10 +369,13 @@ struct Worker {
     for (int i = 1; i < kN; ++i) sum[0] += part[i][0], sum[1] += part[i][1];
   }
 
-  // finish(i, sum of row i and its bias, lane) for each of `rows` rows times x; several lanes have
-  // the sum of one.
+  // The rows of a phase that a thread finishes, of at most kRows: kWarps lanes add up a row's sums.
+  static constexpr int kFinished = S::kRows * kWarps / kWorkers;
+  __device__ int finished_row(int j) const { return t / kWarps + j * (kWorkers / kWarps); }
+
+  // finish(i, sum of row i and its bias, lane) for `rows` rows times x.
   template <typename F>
-  __device__ void multiply_rows(int rows, F&& finish) {
+  __device__ void multiply_rows(int rows, const Vec<T, 1> (&bias)[kFinished], F&& finish) {
     const int last = ((kGroups - 1) * kWarps + warp) * kGroup < size ? kGroups - 1 : 0;
 #pragma unroll 1
     for (int first = 0; first < rows; first += kTileRows) {
@@ -389,15 +396,14 @@ struct Worker {
       }
     }
     sync();
-    static_assert(kWarpSize / kWarps * kWarps == kWarpSize && kWarps >= kCluster);
-#pragma unroll 1
-    for (int first = warp * (kWarpSize / kWarps); first < rows; first += kWorkers / kWarps) {
-      const int i = min(first + lane / kWarps, rows - 1);
-      float sum = shared.sums[i][lane % kWarps];
+#pragma unroll
+    for (int j = 0; j < kFinished; ++j) {
+      const int i = finished_row(j);
+      float sum = shared.sums[i][t % kWarps];
 #pragma unroll
       for (int offset = kWarps / 2; offset > 0; offset /= 2)
         sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      if (first + lane / kWarps < rows) finish(i, sum + shared.bias[i], lane % kWarps);
+      if (i < rows) finish(i, sum + bias[j].floats()[0], t % kWarps);
     }
   }
 
@@ -429,8 +435,13 @@ struct Worker {
         asm volatile("" : "+r"(a[i][w]));  // worked out here, not in the loop
       }
     }
+    sync();  // when a sum is complete, all have read v: then others may write to it again
 #pragma unroll 1
     for (int first = 0; first < rows; first += at_once) {
+      if (first + at_once >= rows && t == 0) {
+        asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(all.ending + phase % 2)
+                     : "memory");
+      }
       wait_block(&shared.full[from.slot], from.phase);
       const int tiles = min(at_once, rows - first) / kTileRows;
       const char* slot = ring + from.slot * slot_bytes + row * chunks * 16 + quarter * 16;
@@ -461,10 +472,6 @@ struct Worker {
       }
       release();
     }
-    sync();
-    if (t == 0)
-      asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(all.begun + phase % 2)
-                   : "memory");
   }
 
   // The first tile of the caches for each warp.
@@ -535,51 +542,55 @@ struct Worker {
     return kCluster * (kHead + 2) * int{sizeof(float)};
   }
 
-  __device__ void attention(int l, int64_t start, int num_slots) {
+  // Attention (even phases) or the MLP (odd ones) of a layer. One body for both: shorter code.
+  __device__ void run(int phase, int64_t start, int num_slots) {
+    const int l = phase / 2;
+    const bool mlp = phase % 2;
     const DecodeLayers::Layer& y = shared.layers[l];
-    const V weight = vector(y.attention_norm_weight), norm_bias = vector(y.attention_norm_bias);
-    if (t < 3 * kHeadShare) {
-      const int at = t / kHeadShare * size + part.cluster * kHead + part.rank * kHeadShare;
-      shared.bias[t] = load_float(static_cast<const T*>(y.qkv_bias) + at + t % kHeadShare);
+    const V weight = vector(mlp ? y.mlp_norm_weight : y.attention_norm_weight);
+    const V norm_bias = vector(mlp ? y.mlp_norm_bias : y.attention_norm_bias);
+    const T* biases = static_cast<const T*>(mlp ? y.mlp_in_bias : y.qkv_bias);
+    const int rows = mlp ? part.rows : 3 * kHeadShare;
+    const int first_row = mlp ? part.first_row : part.cluster * kHead + part.rank * kHeadShare;
+    Vec<T, 1> bias[kFinished] = {};
+#pragma unroll
+    for (int j = 0; j < kFinished; ++j) {
+      const int i = finished_row(j);
+      const int at = mlp ? i : i / kHeadShare * size + i % kHeadShare;
+      if (i < rows) bias[j] = load<Vec<T, 1>>(biases + first_row + at);
     }
     const int64_t head = (part.cluster * p.capacity + start) * kHead;
     T *keys = static_cast<T*>(y.keys) + head, *values = static_cast<T*>(y.values) + head;
     const int tile = warp * kCluster + part.rank;
-    fetch_tile(keys, values, tile, num_slots);
-    if (l > 0) add_sums(2 * l - 1);
-    normalize(weight, norm_bias);
-    multiply_rows(3 * kHeadShare, [&](int i, float sum, int to) {
-      float* at = &shared.head.input[i / kHeadShare][part.rank * kHeadShare + i % kHeadShare];
-      if (to < kCluster) store_cluster(at, &shared.got_input, to, sum);
-    });
-    attend_head(keys, values, tile, num_slots, l % 2);
-    multiply_columns<kHead / kGroup, 4>(shared.attended, kHeadChunks, 2 * l);
-  }
-
-  __device__ void mlp(int l) {
-    const DecodeLayers::Layer& y = shared.layers[l];
-    const V weight = vector(y.mlp_norm_weight), norm_bias = vector(y.mlp_norm_bias);
-    if (t < part.rows)
-      shared.bias[t] = load_float(static_cast<const T*>(y.mlp_in_bias) + part.first_row + t);
-    // Without a head it has not yet taken those of the layer before.
+    if (!mlp) fetch_tile(keys, values, tile, num_slots);
 #pragma unroll 1
-    for (int phase = part.has_head || l == 0 ? 2 * l : 2 * l - 1; phase <= 2 * l; ++phase)
-      add_sums(phase);
+    for (; added < phase; ++added) add_sums(added);
     normalize(weight, norm_bias);
-    multiply_rows(part.rows, [&](int i, float sum, int to) {
+    multiply_rows(rows, bias, [&](int i, float sum, int to) {
       if (to >= kCluster) return;
-      const Floats<1> y = {{apply_act(p.act, sum)}};
-      store_cluster(&shared.middle[part.first_row - part.first_unit + i], &shared.got_middle, to,
-                    Vec<T, 1>::from(y).floats()[0]);
+      if (mlp) {
+        const Floats<1> unit = {{apply_act(p.act, sum)}};
+        store_cluster(&shared.middle[part.rank * rows + i], &shared.got_middle, to,
+                      Vec<T, 1>::from(unit).floats()[0]);
+      } else {
+        float* column = &shared.head.input[i / kHeadShare][part.rank * kHeadShare + i % kHeadShare];
+        store_cluster(column, &shared.got_input, to, sum);
+      }
     });
-    wait_cluster(&shared.got_middle, l % 2);
-    if (t == 0) arrive_and_expect(&shared.got_middle, part.units * int{sizeof(float)});
-    multiply_columns<kUnitGroups, 1>(shared.middle, part.units / 8, 2 * l + 1);
+    if (mlp) {
+      wait_cluster(&shared.got_middle, l % 2);
+      if (t == 0) arrive_and_expect(&shared.got_middle, part.units * int{sizeof(float)});
+      multiply_columns<kUnitGroups, 1>(shared.middle, part.units / 8, phase);
+    } else {
+      attend_head(keys, values, tile, num_slots, l % 2);
+      multiply_columns<kHead / kGroup, 4>(shared.attended, kHeadChunks, phase);
+    }
   }
 
   // The last sums; then those of the first layer are zero again. All others are cleared ahead.
   __device__ void finish() {
-    add_sums(2 * static_cast<int>(p.num_layers) - 1);
+#pragma unroll 1
+    for (; added < 2 * p.num_layers; ++added) add_sums(added);
     const bool invalid = *static_cast<volatile unsigned*>(all.invalid);
     if (owner) {
 #pragma unroll
@@ -588,7 +599,7 @@ struct Worker {
     sync();
 #pragma unroll 1
     for (int i = t; i < 2 * size; i += kWorkers) all.sets[i] = 0;
-    if (t < 3) all.begun[t] = 0;
+    if (t < 3) all.ending[t] = 0;
   }
 };
 
@@ -640,9 +651,8 @@ __global__ void __launch_bounds__(kWorkers + kLoaders, 1)
   if (length >= p.capacity) __trap();  // the new slot would be another head's
   worker.embed(length - start);
 #pragma unroll 1
-  for (int l = 0; l < p.num_layers; ++l) {
-    if (part.has_head) worker.attention(l, start, static_cast<int>(length - start));
-    worker.mlp(l);
+  for (int phase = 0; phase < 2 * p.num_layers; ++phase) {
+    if (phase % 2 || part.has_head) worker.run(phase, start, static_cast<int>(length - start));
   }
   if (blockIdx.x == 0) worker.finish();
 }

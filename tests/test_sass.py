@@ -1,6 +1,7 @@
 """What the machine code must show, which ptxas is free to undo while results stay right: a decoding
-step's first loads are under way before the kernel waits for the one before it, and later loads are
-spread among the products.
+step's first loads are under way before the kernel waits for the one before it, later loads are
+spread among the products, and the kernel of all layers is short and has no local memory: its code
+is run once a layer, and shared memory leaves it next to no L1.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +22,7 @@ from hf_fuse.jit import NVCC_FLAGS, SOURCES
 WAIT = "ACQBULK"  # griddepcontrol.wait
 LOAD = re.compile(r"\bLDG\.E\.(\w+\.)*128")
 WEIGHTS = re.compile(r"\bLDG\.E\.(\w+\.)*128\.CONSTANT")  # after the wait
+LOCAL = re.compile(r"\b(LDL|STL)\b")
 PRODUCT = re.compile(r"\b(FFMA|FMUL)\b")
 ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/")
 # The kernels of one sequence under a norm: dtype, norm, layout, loads, batch, jobs.
@@ -91,6 +94,20 @@ def test_later_rows_are_loaded_between_the_products() -> None:
         before = sum(i < loads[2] for i in products) / len(products)
         assert before < 0.6, f"{name}: {before:.0%} of the products before the third load"
     assert seen
+
+
+def test_all_layers_in_short_code_without_local_memory() -> None:
+    seen = 0
+    for name, code in kernels("decode_layers_bfloat16.cu"):
+        seen += 1
+        assert len(code) < 4500, f"{name}: {len(code)} instructions"
+        local = sum("LDL" in line or "STL" in line for line in code)
+        assert local <= 32, f"{name}: {local} accesses to local memory"
+        products = [i for i, line in enumerate(code) if "HMMA" in line]
+        spans = pairwise(products)
+        inside = sum(LOCAL.search("".join(code[a:b])) is not None for a, b in spans if b - a < 40)
+        assert not inside, f"{name}: local memory among the products"
+    assert seen == 4
 
 
 def address(line: str) -> int:

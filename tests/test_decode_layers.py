@@ -56,9 +56,7 @@ def steps(engine: DecodeEngine, ids: Tensor, padding: int = 0) -> Tensor:
     return torch.cat(rows)
 
 
-def without_stack(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], DecodeEngine]
-) -> DecodeEngine:
+def without_stack(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> Any:
     with monkeypatch.context() as patched:
         patched.setattr(Stack, "of", lambda *arguments: None)
         return make()
@@ -113,9 +111,7 @@ def test_generate_by_one_kernel_as_by_the_chain(
     kept = {**options, "return_dict_in_generate": True, "pad_token_id": 0}
     own = model.generate(ids, **kept)
     hf_fuse.unpatch(model)
-    with monkeypatch.context() as patched:
-        patched.setattr(Stack, "of", lambda *arguments: None)
-        other = hf_fuse.patch(model).generate(ids, **kept)
+    other = without_stack(monkeypatch, lambda: hf_fuse.patch(model).generate(ids, **kept))
     for i, (a, b) in enumerate(zip(own.logits, other.logits, strict=True)):
         best = b.topk(2).values[0]
         if own.sequences[0, 30 + i] != other.sequences[0, 30 + i]:

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "barrier.cuh"
 #include "launch.cuh"
 
 namespace hf_fuse {
@@ -11,10 +12,6 @@ constexpr int kMaxCluster = 16;  // blocks; on sm_90 alone
 
 inline int max_cluster(const DeviceInfo& device) {
   return device.major < 9 ? 1 : device.major == 9 ? kMaxCluster : kPortableCluster;
-}
-
-__device__ inline uint32_t shared_address(const void* ptr) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -41,16 +38,6 @@ __device__ inline T* in_block(T* ptr, int rank) {
   return reinterpret_cast<T*>(there);
 }
 
-// A barrier that is complete when others have stored `bytes` here. By one thread, before it
-// arrives.
-__device__ inline void expect_stores(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
-      "fence.mbarrier_init.release.cluster;\n"
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
 // To where `ptr` is in the block `rank`, counted by `barrier` there.
 __device__ inline void store_cluster(float* ptr, uint64_t* barrier, int rank, float value) {
   asm volatile(
@@ -70,13 +57,6 @@ __device__ inline void store_cluster(float4* ptr, uint64_t* barrier, int rank, c
       "r"(shared_address(barrier)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
-__device__ inline void wait_stored(uint64_t* barrier) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(barrier))
-      : "memory");
-}
 
 #else
 
@@ -87,12 +67,18 @@ template <typename T>
 __device__ inline T* in_block(T* ptr, int) {
   return ptr;
 }
-__device__ inline void expect_stores(uint64_t*, int) {}
 template <typename T>
 __device__ inline void store_cluster(T*, uint64_t*, int, const T&) {}
-__device__ inline void wait_stored(uint64_t*) {}
 
 #endif
+
+// A barrier that is complete when others have stored `bytes` here. By one thread, before it
+// arrives.
+__device__ inline void expect_stores(uint64_t* barrier, int bytes) {
+  init_barrier(barrier, 1);
+  publish_barriers();
+  arrive_and_expect(barrier, bytes);
+}
 
 __device__ inline void cluster_sync() {
   cluster_arrive();

@@ -215,7 +215,7 @@ __device__ void finish(Shared<L>& shared, const DecodeAttention& p, const Task& 
     }
   }
   if (task.blocks == 1) return;
-  wait_stored(&shared.barrier);
+  wait_cluster(&shared.barrier, 0);
   for (int place = threadIdx.x; place < owned; place += blockDim.x) {
     const int i = task.rank * owned + place;
     write_output<L>(p, task, i,

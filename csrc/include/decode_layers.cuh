@@ -65,7 +65,7 @@ struct Sums {
   int64_t* sets;
   unsigned *ending, *invalid;
   int size;
-  __host__ __device__ Sums(void* workspace, int64_t size)
+  __device__ Sums(void* workspace, int64_t size)
       : sets(static_cast<int64_t*>(workspace)),
         ending(reinterpret_cast<unsigned*>(sets + kSumSets * size)),
         invalid(ending + 2),
@@ -119,9 +119,8 @@ struct Loader {
 
   // When the slot is free and few are under way.
   __device__ uint32_t begin() {
-    if (filled >= slots) wait_block(&shared.empty[to.slot], to.phase ^ 1);
-    if (filled >= under_way)
-      wait_block(&shared.full[landed.slot], landed.phase), landed.next(slots);
+    if (filled >= slots) wait_for(&shared.empty[to.slot], to.phase ^ 1);
+    if (filled >= under_way) wait_for(&shared.full[landed.slot], landed.phase), landed.next(slots);
     return shared_address(ring + to.slot * slot_bytes);
   }
   __device__ void end() { to.next(slots), ++filled; }
@@ -155,7 +154,7 @@ struct Loader {
 #pragma unroll 4
       for (int i = row; i < count; i += step, slot += step * chunks * 16, at += step * stride)
         copy_once(slot, at, policy);
-      arrive_when_copied(&shared.full[to.slot]);
+      arrive_after_copies(&shared.full[to.slot]);
       end();
     }
   }
@@ -230,6 +229,9 @@ template <typename T, int kGroups, int kUnitGroups, typename S>
 struct Worker {
   using V = Vec16<T>;
   using L = typename S::L;
+  // That the cluster's blocks store into each one: q, k and v; what they attended to.
+  static constexpr int kInputBytes = 3 * kHead * sizeof(float);
+  static constexpr int kAttentionBytes = kCluster * (kHead + 2) * sizeof(float);
   const DecodeLayers& p;
   const Sums& all;
   S& shared;
@@ -357,10 +359,11 @@ struct Worker {
   template <int kN>
   __device__ static void multiply_tile(float (&sum)[2], const uint32_t (&a)[kN][4],
                                        const V (&b)[kN]) {
+    constexpr float kZero[4] = {};
     float part[kN][4];
 #pragma unroll
     for (int i = 0; i < kN; ++i)
-      multiply_from_zero<T>(part[i], a[i][0], 0, a[i][1], 0, b[i].words[0], b[i].words[1]);
+      multiply_add<T>(part[i], a[i][0], 0, a[i][1], 0, b[i].words[0], b[i].words[1], kZero);
 #pragma unroll
     for (int i = 0; i < kN; ++i)
       multiply_add<T>(part[i], a[i][2], 0, a[i][3], 0, b[i].words[2], b[i].words[3]);
@@ -379,7 +382,7 @@ struct Worker {
     const int last = ((kGroups - 1) * kWarps + warp) * kGroup < size ? kGroups - 1 : 0;
 #pragma unroll 1
     for (int first = 0; first < rows; first += kTileRows) {
-      wait_block(&shared.full[from.slot], from.phase);
+      wait_for(&shared.full[from.slot], from.phase);
       const char* at = ring + from.slot * slot_bytes + (warp * kQuarter + quarter) * 16 +
                        row * (size * static_cast<int>(sizeof(T)) + kPad);
       V b[kGroups];
@@ -442,7 +445,7 @@ struct Worker {
         asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(all.ending + phase % 2)
                      : "memory");
       }
-      wait_block(&shared.full[from.slot], from.phase);
+      wait_for(&shared.full[from.slot], from.phase);
       const int tiles = min(at_once, rows - first) / kTileRows;
       const char* slot = ring + from.slot * slot_bytes + row * chunks * 16 + quarter * 16;
 #pragma unroll 1
@@ -498,7 +501,7 @@ struct Worker {
       value[u][0] = load_shared<V>(&shared.tile[1][u][t]);
     }
     wait_cluster(&shared.got_input, parity);
-    if (t == 0) arrive_and_expect(&shared.got_input, 3 * kHead * int{sizeof(float)});
+    if (t == 0) arrive_and_expect(&shared.got_input, kInputBytes);
     Attention<L> a;
     begin(a, shared.head, p.scaling * kLog2e);
     if (tile == kStep - 1) {  // the warp with the fewest tiles
@@ -529,7 +532,7 @@ struct Worker {
       send(&shared.max_sum[part.rank].y, mine.sum);
     }
     wait_cluster(&shared.got_attention, parity);
-    if (t == 0) arrive_and_expect(&shared.got_attention, attention_bytes());
+    if (t == 0) arrive_and_expect(&shared.got_attention, kAttentionBytes);
     if (t < kHead) {
       const float2(*max_sum)[1] = reinterpret_cast<const float2(*)[1]>(shared.max_sum);
       const Output total = combine<L>(&shared.attended_of[0][t], kHead, max_sum, 0, kCluster);
@@ -537,9 +540,6 @@ struct Worker {
       shared.attended[t] = Vec<T, 1>::from(y).floats()[0];
     }
     sync();
-  }
-  __device__ static constexpr int attention_bytes() {
-    return kCluster * (kHead + 2) * int{sizeof(float)};
   }
 
   // Attention (even phases) or the MLP (odd ones) of a layer. One body for both: shorter code.
@@ -630,14 +630,10 @@ __global__ void __launch_bounds__(kWorkers + kLoaders, 1)
       init_barrier(&shared.full[i], kLoaders);
       init_barrier(&shared.empty[i], kWarps);
     }
-    init_barrier(&shared.got_input, 1);
-    init_barrier(&shared.got_attention, 1);
-    init_barrier(&shared.got_middle, 1);
-    publish_barriers();
     using W = Worker<T, kGroups, kUnitGroups, S>;
-    arrive_and_expect(&shared.got_input, 3 * kHead * int{sizeof(float)});
-    arrive_and_expect(&shared.got_attention, W::attention_bytes());
-    arrive_and_expect(&shared.got_middle, part.units * int{sizeof(float)});
+    expect_stores(&shared.got_input, W::kInputBytes);
+    expect_stores(&shared.got_attention, W::kAttentionBytes);
+    expect_stores(&shared.got_middle, part.units * int{sizeof(float)});
   }
   __syncthreads();
   cluster_sync();
@@ -696,20 +692,16 @@ bool DecodeLayersOf<T>::run(const DecodeLayers& p, void* stream, bool only_ask) 
   const int slots = std::min(kMaxSlots, room / slot_bytes);
   const int under_way = std::max(2, (kUnderWay + slot_bytes / 2) / slot_bytes);
   if (slots < under_way + 2) return false;
-  const LayersPlan plan = {p, slots, under_way};
-  check(cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             slots * slot_bytes));
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kCluster, 1, 1};
-  attributes[1].id = cudaLaunchAttributeCooperative;  // blocks wait for each other
-  attributes[1].val.cooperative = 1;
+  const int threads = kWorkers + kLoaders, bytes = slots * slot_bytes;
+  check(cudaFuncSetAttribute(choice.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = device.num_sms / kCluster * kCluster;
-  config.blockDim = kWorkers + kLoaders;
-  config.dynamicSmemBytes = slots * slot_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = bytes;
+  config.attrs = &cluster;
   config.numAttrs = 1;
   int clusters = 0;
   check(cudaOccupancyMaxActiveClusters(&clusters, choice.kernel, &config));
@@ -720,9 +712,9 @@ bool DecodeLayersOf<T>::run(const DecodeLayers& p, void* stream, bool only_ask) 
     return false;
   if (slot_bytes < chunks * 16 * kTileRows) return false;
   if (only_ask) return true;
-  config.gridDim = clusters * kCluster;
-  config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, choice.kernel, plan));
+  const Grid grid = {clusters * kCluster, 1, kCluster, -1, true};
+  launch(kDecodeLayers, choice.kernel, grid, threads, bytes, stream,
+         LayersPlan{p, slots, under_way});
   return true;
 }
 

@@ -106,40 +106,6 @@ __device__ inline void take_if(bool take, const float (&c)[4], float4& y) {
       : "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(static_cast<int>(take)));
 }
 
-// Barriers in shared memory. Parity: of the number of times that it was complete.
-__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-               : "memory");
-}
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(
-                   shared_address(barrier))
-               : "memory");
-}
-// Once this thread's copies are there.
-__device__ inline void arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-
-__device__ inline void wait_for(uint64_t* barrier, int parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define HF_FUSE_WAIT "mbarrier.try_wait"
-#else
-#define HF_FUSE_WAIT "mbarrier.test_wait"
-#endif
-  int done = 0;
-  while (!done) {
-    asm volatile("{\n.reg .pred p;\n" HF_FUSE_WAIT
-                 ".parity.shared.b64 p, [%1], %2;\n"
-                 "selp.s32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-  }
-#undef HF_FUSE_WAIT
-}
-
 // What a lane has of a product of 16 rows and 8 sequences: of rows lane / 4 and 8 more, each of
 // sequences lane % 4 * 2 and the next. Gated, the tile's first 8 rows are of the first weight and
 // the others the second's rows of the same units.

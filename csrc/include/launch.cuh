@@ -76,6 +76,7 @@ struct Grid {
   int64_t x, y = 1;
   int cluster = 1;    // blocks along x that form a cluster, up to 16; above 1 needs sm_90
   int carveout = -1;  // shared memory's part of the L1 cache, in percent; -1: the driver's choice
+  bool cooperative = false;  // all blocks run at once, after the kernel before has ended
 };
 
 constexpr int kPortableCluster = 8;  // blocks; more only on GPUs that allow it
@@ -99,8 +100,13 @@ void launch(const char* op, void (*kernel)(Params...), Grid grid, dim3 block, in
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
   cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  if (grid.cooperative) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+  } else {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  }
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   cudaLaunchConfig_t config = {};

@@ -1,7 +1,7 @@
-// A ring of slots in shared memory, filled ahead of need: barriers that count arrivals and bytes,
-// and copies that report to them. From sm_90 on.
+// A ring of slots in shared memory, filled ahead of need, and copies that report to its barriers.
+// From sm_90 on.
 #pragma once
-#include "cluster.cuh"
+#include "barrier.cuh"
 #include "vec.cuh"
 
 namespace hf_fuse {
@@ -15,50 +15,6 @@ struct Cursor {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals)
-               : "memory");
-}
-// By the thread that made barriers, before it meets those who use them.
-__device__ inline void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
-__device__ inline void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-__device__ inline void arrive_and_expect(uint64_t* barrier, int bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-// Until the phase of that parity is over. What the block's threads wrote is then seen,
-__device__ inline void wait_block(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-// or what the cluster's did.
-__device__ inline void wait_cluster(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 // For weights, which are read once: they leave L2 before all else.
 __device__ inline uint64_t evict_first() {
@@ -75,31 +31,19 @@ __device__ inline void copy_bulk(uint32_t shared, const void* from, int bytes, u
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-// 16 bytes; the thread's next arrive_when_copied counts them.
+// 16 bytes; the thread's next arrive_after_copies counts them.
 __device__ inline void copy_once(uint32_t shared, const void* from, uint64_t policy) {
   asm volatile(
       "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
       "l"(from), "l"(policy)
       : "memory");
 }
-__device__ inline void arrive_when_copied(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
-               : "memory");
-}
 
 #else
 
-__device__ inline void init_barrier(uint64_t*, int) {}
-__device__ inline void publish_barriers() {}
-__device__ inline void arrive(uint64_t*) {}
-__device__ inline void expect_bytes(uint64_t*, int) {}
-__device__ inline void arrive_and_expect(uint64_t*, int) {}
-__device__ inline void wait_block(uint64_t*, int) {}
-__device__ inline void wait_cluster(uint64_t*, int) {}
 __device__ inline uint64_t evict_first() { return 0; }
 __device__ inline void copy_bulk(uint32_t, const void*, int, uint64_t*, uint64_t) {}
 __device__ inline void copy_once(uint32_t, const void*, uint64_t) {}
-__device__ inline void arrive_when_copied(uint64_t*) {}
 
 #endif
 

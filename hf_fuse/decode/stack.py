@@ -33,7 +33,7 @@ class Stack:
         cls, spec: DecoderSpec, keys: Sequence[Tensor], values: Sequence[Tensor], backend: str
     ) -> Stack | None:
         """None where the kernel does not take them."""
-        alike = {(*_numbers(layer), spec.head_dim) for layer in spec.layers}
+        alike = set(map(_numbers, spec.layers))
         heads = spec.num_heads == spec.num_kv_heads and not spec.interleaved
         positions = spec.positions
         if positions is None or spec.inv_freq is not None or not heads or len(alike) != 1:

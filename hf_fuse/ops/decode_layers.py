@@ -74,17 +74,18 @@ def suits(table: Tensor, layers: Sequence[Layer], num_heads: int, backend: str =
     if not table.is_cuda or not use_kernel(table, backend) or table.data_ptr() % 16:
         return False
     size, middle = table.shape[1], len(layers[0].mlp_in)
-    rows = {"qkv": 3 * size, "attention_out": size, "mlp_in": middle, "mlp_out": size}
-    inputs = {"mlp_out": middle}
+    shapes = {
+        "qkv": (3 * size, size),
+        "attention_out": (size, size),
+        "mlp_in": (middle, size),
+        "mlp_out": (size, middle),
+    }
     for layer in layers:
         if any(t.dtype != table.dtype or t.data_ptr() % 16 for t in layer):
             return False
         if not all(t.is_contiguous() for t in layer):
             return False
-        if any(
-            getattr(layer, name).shape != (count, inputs.get(name, size))
-            for name, count in rows.items()
-        ):
+        if any(getattr(layer, name).shape != shape for name, shape in shapes.items()):
             return False
     return torch.ops.hf_fuse.decode_layers_suits.default(table, len(layers), num_heads, middle)
 

@@ -17,9 +17,8 @@
 //   the memory's full speed; the small vectors and the caches' first slots of a layer are asked for
 //   a layer ahead, into L2, which weights leave first.
 // - Products are done on tensor cores, for a warp's instructions would take longer than the loads:
-//   8 rows of weights are mma's b, read from shared memory as decode_matmul reads them; the rows of
-//   a are the dtype's rounding of x and what that left. Code is run once a layer and comes from a
-//   small cache: short code is fast code.
+//   8 rows of weights are mma's a, the columns of b the dtype's rounding of x and what that left.
+//   Code is run once a layer and comes from a small cache: short code is fast code.
 #pragma once
 #include <algorithm>
 
@@ -63,12 +62,12 @@ __host__ __device__ inline int first_unit_of(int cluster, int64_t middle, int cl
 // range.
 struct Sums {
   int64_t* sets;
-  unsigned *ending, *invalid;
+  unsigned *done, *invalid;
   int size;
   __device__ Sums(void* workspace, int64_t size)
       : sets(static_cast<int64_t*>(workspace)),
-        ending(reinterpret_cast<unsigned*>(sets + kSumSets * size)),
-        invalid(ending + 2),
+        done(reinterpret_cast<unsigned*>(sets + kSumSets * size)),
+        invalid(done + 2),
         size(static_cast<int>(size)) {}
   __device__ int64_t* of(int phase) const { return sets + (phase & (kSumSets - 1)) * size; }
 };
@@ -82,22 +81,24 @@ template <typename T, int kGroups, int kUnitGroups>
 struct LayersShared {
   using L = Layout<T, kHeadChunks, 1>;
   // Of a block's share of q, k and v, or of the middle.
-  static constexpr int kRows = 2 * kWorkers / kWarps;
+  static constexpr int kRows = kWorkers / kCluster;
   static_assert(kRows >= 3 * kHeadShare && kRows >= kUnitGroups * kGroup / kCluster);
   uint64_t full[kMaxSlots], empty[kMaxSlots];
-  uint64_t got_input, got_attention, got_middle;        // from the cluster's blocks
-  Shared<L> head;                                       // q, k, v; what each warp attended to
-  alignas(16) uint4 x[2][kGroups * kWarps * kQuarter];  // the norm's result, what its rounding left
+  uint64_t got_input, got_attention, got_middle;  // from the cluster's blocks
+  Shared<L> head;                                 // q, k, v; what each warp attended to
+  // The norm's result and what its rounding left: pairs 0 and 2 of a chunk, then 1 and 3.
+  alignas(16) uint2 x[2][kGroups * kWarps * kQuarter][2];
   float2 moments[kWarps];
-  float sums[kRows][kWarps];
+  alignas(16) float sums[kRows][kWarps];
   alignas(16) float attended_of[kCluster][kHead], attended[kHead], middle[kUnitGroups * kGroup];
   float2 max_sum[kCluster];
   uint4 tile[2][L::kSlots][kWorkers];  // of keys and values, each lane its own
   DecodeLayers::Layer layers[kLayersInShared];
 };
 
-// 16 bytes of a row hold chunk `chunk` of it; tiles of the middle's columns are stored without
-// gaps.
+// Columns are stored without gaps. Where rows are a multiple of 128 bytes apart, odd ones have the
+// groups of every pair exchanged, so that a warp reads from all banks.
+__device__ inline bool exchanged(int row, int chunks) { return row % 2 && chunks % 8 == 0; }
 __device__ inline int tiles_of(int slot_bytes, int chunks) {
   const int tiles = slot_bytes / (chunks * kTileRows * 16);
   return chunks > kHeadChunks ? min(tiles, kWarps) : tiles;
@@ -144,16 +145,17 @@ struct Loader {
   // Chunks of rows, as many tiles a slot as fit.
   __device__ void load_columns(const T* weight, int64_t stride, int rows, int chunks) {
     const int at_once = tiles_of(slot_bytes, chunks) * kTileRows;
-    const int step = kLoaders / chunks, row = me / chunks;
-    const T* from = weight + row * stride + me % chunks * 8;
+    const int step = kLoaders / chunks, row = me / chunks, chunk = me % chunks;
+    const T* from = weight + row * stride + chunk * 8;
 #pragma unroll 1
     for (int first = 0; first < rows; first += at_once) {
-      uint32_t slot = begin() + me * 16;
+      const uint32_t slot = begin();
       const T* at = from + first * stride;
       const int count = row < step ? min(at_once, rows - first) : 0;
 #pragma unroll 4
-      for (int i = row; i < count; i += step, slot += step * chunks * 16, at += step * stride)
-        copy_once(slot, at, policy);
+      for (int i = row; i < count; i += step, at += step * stride)
+        copy_once(slot + (i * chunks + (exchanged(i, chunks) ? chunk ^ kQuarter : chunk)) * 16, at,
+                  policy);
       arrive_after_copies(&shared.full[to.slot]);
       end();
     }
@@ -240,14 +242,13 @@ struct Worker {
   const int slots, slot_bytes, size, clusters;
   const int t = threadIdx.x, lane = threadIdx.x % kWarpSize;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
-  // Of a tile a lane reads row `row`, of every 64 bytes the 16 from `quarter` on. Of its sums it
-  // gets those of rows 2 quarter and 2 quarter + 1, times row `row` of a.
+  // Of a tile a lane reads row `row`, of every 64 bytes the 16 from `quarter` on.
   const int row = lane / kQuarter, quarter = lane % kQuarter;
   const bool owner = static_cast<int>(threadIdx.x) * 8 < size;  // of 8 elements of the residual
   Cursor from;
   float residual[8] = {}, mean = 0.f;
   int added = 0;  // phases whose sums are in the residual
-  uint32_t x[kGroups][4];
+  uint32_t x[kGroups][2];
 
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
 
@@ -279,14 +280,14 @@ struct Worker {
     const V bias = vector(phase % 2 ? y.mlp_out_bias : y.attention_out_bias);
     const int adding = phase % 2 ? clusters : static_cast<int>(p.num_heads);
     if (t == 0) {
-      const unsigned all_ending = (phase / 2 + 1) * adding * kCluster;
+      const unsigned all_done = (phase / 2 + 1) * adding * kCluster;
       unsigned blocks;
       do {
         asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
                      : "=r"(blocks)
-                     : "l"(all.ending + phase % 2)
+                     : "l"(all.done + phase % 2)
                      : "memory");
-      } while (blocks < all_ending);
+      } while (blocks < all_done);
     }
     sync();
     if (!owner) return;
@@ -337,9 +338,10 @@ struct Worker {
       for (int i = 0; i < 4; ++i) {
         const float first = (residual[2 * i] - mean) * rstd * g[2 * i] + b[2 * i];
         const float second = (residual[2 * i + 1] - mean) * rstd * g[2 * i + 1] + b[2 * i + 1];
-        high.words[i] = pack<T>(first, second);
-        const float2 rounded = unpack<T>(high.words[i]);
-        low.words[i] = pack<T>(first - rounded.x, second - rounded.y);
+        const int at = i % 2 * 2 + i / 2;
+        high.words[at] = pack<T>(first, second);
+        const float2 rounded = unpack<T>(high.words[at]);
+        low.words[at] = pack<T>(first - rounded.x, second - rounded.y);
       }
       reinterpret_cast<V&>(shared.x[0][t]) = high, reinterpret_cast<V&>(shared.x[1][t]) = low;
     }
@@ -347,78 +349,71 @@ struct Worker {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int chunk = (i * kWarps + warp) * kQuarter + quarter;
-      V v = {};
-      if (row < 2 && chunk * 8 < size) v = load_shared<V>(&shared.x[row][chunk]);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) x[i][w] = v.words[w];
+      uint2 pairs = {};
+      if (row < 4 && chunk * 8 < size) pairs = shared.x[row % 2][chunk][row / 2];
+      x[i][0] = pairs.x, x[i][1] = pairs.y;
     }
   }
 
-  // A tile's rows 2 quarter and 2 quarter + 1 times row `row` of a, of kN groups; a group's 16
-  // bytes are two steps of the product.
+  // A tile of weights times x. A lane's 16 bytes of a group are four pairs of weights of row `row`:
+  // pairs 0 and 2 are rows 0 to 7 of mma's a, pairs 1 and 3 rows 8 to 15. Columns 0 and 1 of b are
+  // the parts of x that the former want, columns 2 and 3 those of the latter.
+  static constexpr int kChains = 2;  // of products that wait for one another
   template <int kN>
-  __device__ static void multiply_tile(float (&sum)[2], const uint32_t (&a)[kN][4],
-                                       const V (&b)[kN]) {
-    constexpr float kZero[4] = {};
-    float part[kN][4];
+  __device__ static void multiply_tile(float (&part)[kChains][4], const V (&weights)[kN],
+                                       const uint32_t (&x)[kN][2]) {
 #pragma unroll
-    for (int i = 0; i < kN; ++i)
-      multiply_add<T>(part[i], a[i][0], 0, a[i][1], 0, b[i].words[0], b[i].words[1], kZero);
+    for (auto& d : part) d[0] = d[1] = d[2] = d[3] = 0.f;
 #pragma unroll
-    for (int i = 0; i < kN; ++i)
-      multiply_add<T>(part[i], a[i][2], 0, a[i][3], 0, b[i].words[2], b[i].words[3]);
-    sum[0] = part[0][0], sum[1] = part[0][1];
+    for (int i = 0; i < kN; ++i) {
+      const auto& w = weights[i].words;
+      multiply_add<T>(part[i % kChains], w[0], w[1], w[2], w[3], x[i][0], x[i][1]);
+    }
+  }
+  // Row `row` of the product, in the lanes of its quarters 0 and 1.
+  __device__ float sum_of(const float (&part)[kChains][4]) const {
+    float first = part[0][0] + part[0][1], second = part[0][2] + part[0][3];
 #pragma unroll
-    for (int i = 1; i < kN; ++i) sum[0] += part[i][0], sum[1] += part[i][1];
+    for (int i = 1; i < kChains; ++i)
+      first += part[i][0] + part[i][1], second += part[i][2] + part[i][3];
+    const float mine = quarter ? second : first;
+    return mine + __shfl_xor_sync(0xffffffffu, mine, 1);
   }
 
-  // The rows of a phase that a thread finishes, of at most kRows: kWarps lanes add up a row's sums.
-  static constexpr int kFinished = S::kRows * kWarps / kWorkers;
-  __device__ int finished_row(int j) const { return t / kWarps + j * (kWorkers / kWarps); }
-
-  // finish(i, sum of row i and its bias, lane) for `rows` rows times x.
+  // finish(i, sum of row i and its bias, to) for `rows` rows times x, to < kCluster.
   template <typename F>
-  __device__ void multiply_rows(int rows, const Vec<T, 1> (&bias)[kFinished], F&& finish) {
+  __device__ void multiply_rows(int rows, const Vec<T, 1>& bias, F&& finish) {
     const int last = ((kGroups - 1) * kWarps + warp) * kGroup < size ? kGroups - 1 : 0;
-#pragma unroll 1
-    for (int first = 0; first < rows; first += kTileRows) {
+    const char* const mine =
+        ring + (warp * kQuarter + quarter) * 16 + row * (size * static_cast<int>(sizeof(T)) + kPad);
+    V weights[kGroups];
+    const auto fetch = [&] {
       wait_for(&shared.full[from.slot], from.phase);
-      const char* at = ring + from.slot * slot_bytes + (warp * kQuarter + quarter) * 16 +
-                       row * (size * static_cast<int>(sizeof(T)) + kPad);
-      V b[kGroups];
+      const char* at = mine + from.slot * slot_bytes;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i)
-        b[i] = load_shared<V>(at + (i < kGroups - 1 ? i : last) * kWarps * kQuarter * 16);
-      float sum[2];
-      multiply_tile(sum, x, b);
+        weights[i] = load_shared<V>(at + (i < kGroups - 1 ? i : last) * kWarps * kQuarter * 16);
+    };
+    fetch();
+#pragma unroll 1
+    for (int first = 0; first < rows; first += kTileRows) {
+      float part[kChains][4];
+      multiply_tile(part, weights, x);
       release();
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], kQuarter);
-        if (row == 0) shared.sums[first + 2 * quarter + i][warp] = sum[i];
-      }
+      if (first + kTileRows < rows) fetch();
+      const float sum = sum_of(part);
+      if (quarter == 0) shared.sums[first + row][warp] = sum;
     }
     sync();
+    const float2 sums = reinterpret_cast<const float2*>(shared.sums[finished_row()])[t % kCluster];
+    float sum = sums.x + sums.y;
 #pragma unroll
-    for (int j = 0; j < kFinished; ++j) {
-      const int i = finished_row(j);
-      float sum = shared.sums[i][t % kWarps];
-#pragma unroll
-      for (int offset = kWarps / 2; offset > 0; offset /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      if (i < rows) finish(i, sum + bias[j].floats()[0], t % kWarps);
-    }
+    for (int offset = kCluster / 2; offset > 0; offset /= 2)
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (finished_row() < rows) finish(finished_row(), sum + bias.floats()[0], t % kCluster);
   }
-
-  __device__ void add(int64_t* sum, float value) const {
-    if (!(fabsf(value) <= kLargest)) {
-      *all.invalid = 1;
-      __threadfence();  // seen no later than the sum
-    }
-    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(sum),
-                 "l"((__float2ll_rn(value * kOne) << kCountBits) + 1)
-                 : "memory");
-  }
+  // The row of a phase that a thread finishes: kCluster threads one row, each for a block.
+  __device__ int finished_row() const { return t / kCluster; }
 
   // The block's rows of a weight, `chunks` chunks of each, times v: added to the phase's sums.
   template <int kN, int kTiles>
@@ -427,54 +422,69 @@ struct Worker {
     const int rows = size / kCluster, at_once = tiles_of(slot_bytes, chunks) * kTileRows;
     // Clusters differ by one group.
     const int last = (kN - 1) * kQuarter < chunks ? kN - 1 : 0;
-    uint32_t a[kN][4];
+    uint32_t y[kN][2];
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       const int chunk = i * kQuarter + quarter;
-      const bool there = row == 0 && chunk < chunks;
+      const bool there = (row == 0 || row == 2) && chunk < chunks;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        a[i][w] = there ? pack<T>(v[chunk * 8 + 2 * w], v[chunk * 8 + 2 * w + 1]) : 0;
-        asm volatile("" : "+r"(a[i][w]));  // worked out here, not in the loop
+      for (int w = 0; w < 2; ++w) {
+        const float* at = v + chunk * 8 + row + w * 4;
+        y[i][w] = there ? pack<T>(at[0], at[1]) : 0;
+        asm volatile("" : "+r"(y[i][w]));  // worked out here, not in the loop
       }
     }
-    sync();  // when a sum is complete, all have read v: then others may write to it again
-#pragma unroll 1
-    for (int first = 0; first < rows; first += at_once) {
-      if (first + at_once >= rows && t == 0) {
-        asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(all.ending + phase % 2)
-                     : "memory");
-      }
+    const int exchange = exchanged(row, chunks) ? kQuarter * 16 : 0;
+    const char* const mine = ring + (row * chunks + quarter) * 16;
+    V weights[kTiles][kN];
+    const auto fetch = [&](int first) {
       wait_for(&shared.full[from.slot], from.phase);
       const int tiles = min(at_once, rows - first) / kTileRows;
-      const char* slot = ring + from.slot * slot_bytes + row * chunks * 16 + quarter * 16;
-#pragma unroll 1
-      for (int n = warp; n < tiles; n += kTiles * kWarps) {
-        V b[kTiles][kN];
+      const char* at = mine + from.slot * slot_bytes;
+      const char* const groups[2] = {at + exchange, at - exchange};  // even ones, odd ones
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
+      for (int j = 0; j < kTiles; ++j) {
+        const int tile = min(warp + j * kWarps, tiles - 1) * kTileRows * chunks * 16;
 #pragma unroll
-          for (int i = 0; i < kN; ++i) {
-            b[j][i] =
-                load_shared<V>(slot + min(n + j * kWarps, tiles - 1) * kTileRows * chunks * 16 +
-                               (i < kN - 1 ? i : last) * kQuarter * 16);
-          }
-        }
-        float mine = 0.f;  // lane 8 j + i has row i of tile j
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          float sum[2];
-          multiply_tile(sum, a, b[j]);
-          const float even = __shfl_sync(0xffffffffu, sum[0], lane % kTileRows / 2),
-                      odd = __shfl_sync(0xffffffffu, sum[1], lane % kTileRows / 2);
-          if (lane / kTileRows == j) mine = lane % 2 ? odd : even;
-        }
-        const int tile = n + lane / kTileRows * kWarps;
-        if (lane / kTileRows < kTiles && tile < tiles)
-          add(sums + first + tile * kTileRows + lane % kTileRows, mine);
+        for (int i = 0; i < kN; ++i)
+          weights[j][i] = load_shared<V>(groups[i < kN - 1 ? i % 2 : last % 2] + tile +
+                                         (i < kN - 1 ? i : last) * kQuarter * 16);
       }
+    };
+    bool valid = true;
+    fetch(0);
+#pragma unroll 1
+    for (int first = 0; first < rows; first += at_once) {
+      float part[kTiles][kChains][4];
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) multiply_tile(part[j], weights[j], y);
       release();
+      if (first + at_once < rows) fetch(first + at_once);
+      float sum = 0.f;  // lane 8 j + i has row i of tile j
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const float mine = __shfl_sync(0xffffffffu, sum_of(part[j]), lane % kTileRows * kQuarter);
+        if (lane / kTileRows == j) sum = mine;
+      }
+      const int at = first + (warp + lane / kTileRows * kWarps) * kTileRows + lane % kTileRows;
+      if (lane / kTileRows < kTiles && at < min(first + at_once, rows)) add(sums + at, sum);
+      valid &= fabsf(sum) <= kLargest;
     }
+    if (!valid) {
+      *all.invalid = 1;
+      __threadfence();  // seen no later than that the block is done
+    }
+    sync();  // all have read v, too: others may write to it again
+    if (t == 0) {
+      asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(all.done + phase % 2)
+                   : "memory");
+    }
+  }
+
+  __device__ static void add(int64_t* sum, float value) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(sum),
+                 "l"((__float2ll_rn(value * kOne) << kCountBits) + 1)
+                 : "memory");
   }
 
   // The first tile of the caches for each warp.
@@ -500,7 +510,7 @@ struct Worker {
       key[u][0] = load_shared<V>(&shared.tile[0][u][t]);
       value[u][0] = load_shared<V>(&shared.tile[1][u][t]);
     }
-    wait_cluster(&shared.got_input, parity);
+    wait_for(&shared.got_input, parity);
     if (t == 0) arrive_and_expect(&shared.got_input, kInputBytes);
     Attention<L> a;
     begin(a, shared.head, p.scaling * kLog2e);
@@ -531,7 +541,7 @@ struct Worker {
       send(&shared.max_sum[part.rank].x, mine.max);
       send(&shared.max_sum[part.rank].y, mine.sum);
     }
-    wait_cluster(&shared.got_attention, parity);
+    wait_for(&shared.got_attention, parity);
     if (t == 0) arrive_and_expect(&shared.got_attention, kAttentionBytes);
     if (t < kHead) {
       const float2(*max_sum)[1] = reinterpret_cast<const float2(*)[1]>(shared.max_sum);
@@ -552,13 +562,11 @@ struct Worker {
     const T* biases = static_cast<const T*>(mlp ? y.mlp_in_bias : y.qkv_bias);
     const int rows = mlp ? part.rows : 3 * kHeadShare;
     const int first_row = mlp ? part.first_row : part.cluster * kHead + part.rank * kHeadShare;
-    Vec<T, 1> bias[kFinished] = {};
-#pragma unroll
-    for (int j = 0; j < kFinished; ++j) {
-      const int i = finished_row(j);
-      const int at = mlp ? i : i / kHeadShare * size + i % kHeadShare;
-      if (i < rows) bias[j] = load<Vec<T, 1>>(biases + first_row + at);
-    }
+    Vec<T, 1> bias = {};
+    const int i = finished_row();
+    if (i < rows)
+      bias =
+          load<Vec<T, 1>>(biases + first_row + (mlp ? i : i / kHeadShare * size + i % kHeadShare));
     const int64_t head = (part.cluster * p.capacity + start) * kHead;
     T *keys = static_cast<T*>(y.keys) + head, *values = static_cast<T*>(y.values) + head;
     const int tile = warp * kCluster + part.rank;
@@ -567,7 +575,6 @@ struct Worker {
     for (; added < phase; ++added) add_sums(added);
     normalize(weight, norm_bias);
     multiply_rows(rows, bias, [&](int i, float sum, int to) {
-      if (to >= kCluster) return;
       if (mlp) {
         const Floats<1> unit = {{apply_act(p.act, sum)}};
         store_cluster(&shared.middle[part.rank * rows + i], &shared.got_middle, to,
@@ -578,7 +585,7 @@ struct Worker {
       }
     });
     if (mlp) {
-      wait_cluster(&shared.got_middle, l % 2);
+      wait_for(&shared.got_middle, l % 2);
       if (t == 0) arrive_and_expect(&shared.got_middle, part.units * int{sizeof(float)});
       multiply_columns<kUnitGroups, 1>(shared.middle, part.units / 8, phase);
     } else {
@@ -599,7 +606,7 @@ struct Worker {
     sync();
 #pragma unroll 1
     for (int i = t; i < 2 * size; i += kWorkers) all.sets[i] = 0;
-    if (t < 3) all.ending[t] = 0;
+    if (t < 3) all.done[t] = 0;
   }
 };
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_fuse.ops._library import kernels
+
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *LOW)
 NAN = float("nan")
@@ -29,6 +31,12 @@ def name_of(value: Any) -> str | None:
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 few_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 each_backend = pytest.mark.parametrize("backend", ["auto", "reference"])
+
+
+def registered(device: str) -> Any:
+    """torch.ops.hf_fuse with what `device` has kernels for, as an op's first call leaves it."""
+    assert kernels(device)
+    return torch.ops.hf_fuse
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -20,6 +20,7 @@ from helpers import (
     gradients,
     leaves,
     name_of,
+    registered,
     relative_error,
     strange,
 )
@@ -341,7 +342,7 @@ def op_arguments(args: Args, stats: bool) -> tuple:
 @few_variants
 def test_opcheck(variant: Variant, device: str) -> None:
     args = make(variant, (2, 3, 33), device=device)
-    op = torch.ops.hf_fuse.add_norm.default
+    op = registered(device).add_norm.default
     torch.library.opcheck(op, op_arguments(args, stats=False))
     torch.library.opcheck(op, op_arguments(Args(variant, leaves(args.tensors)), stats=True))
 
@@ -349,7 +350,8 @@ def test_opcheck(variant: Variant, device: str) -> None:
 @few_variants
 def test_opcheck_backward(variant: Variant, device: str) -> None:
     args = make(variant, (2, 3, 33), device=device)
-    outputs = torch.ops.hf_fuse.add_norm.default(*op_arguments(args, stats=True))
+    ops = registered(device)
+    outputs = ops.add_norm.default(*op_arguments(args, stats=True))
     residual, _, normed2, mean, rstd = outputs
     x, delta1, _, weight, _, weight2, _ = args.tensors
     grads = (
@@ -360,7 +362,7 @@ def test_opcheck_backward(variant: Variant, device: str) -> None:
     saved = (x if residual is None else residual, weight, weight2, mean, rstd)
     bias = variant.bias
     flags = (variant.kind == "rms", bias, bias and variant.norms == 2)
-    torch.library.opcheck(torch.ops.hf_fuse.add_norm_backward.default, (*grads, *saved, *flags))
+    torch.library.opcheck(ops.add_norm_backward.default, (*grads, *saved, *flags))
 
 
 @each_variant

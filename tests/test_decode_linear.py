@@ -20,6 +20,7 @@ from helpers import (
     few_dtypes,
     name_of,
     on_each_number_of_threads,
+    registered,
 )
 from torch import Tensor
 
@@ -444,9 +445,8 @@ def test_float64_is_refused(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", LOW, ids=name_of)
 def test_opcheck(dtype: torch.dtype, device: str) -> None:
-    ops, check = torch.ops.hf_fuse, torch.library.opcheck
+    ops, check = registered(device), torch.library.opcheck
     linear = make_linear(32, [5, 5], dtype, device, norm="rms", epilogue="gated")
-    linear(backend=device)  # the ops are there from the first call on
     norm, weights = linear.norm, linear.weights
     check(
         ops.decode_linear.default,

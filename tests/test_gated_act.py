@@ -18,6 +18,7 @@ from helpers import (
     gradients,
     leaves,
     name_of,
+    registered,
     strange,
 )
 from torch import Tensor
@@ -153,7 +154,7 @@ def test_gradcheck(act: str) -> None:
 
 @each_act
 def test_opcheck(act: str, device: str) -> None:
-    ops, number = torch.ops.hf_fuse, ACTIVATIONS.index(act)
+    ops, number = registered(device), ACTIVATIONS.index(act)
     gate, up = make((2, 3, 33), device=device)
     torch.library.opcheck(ops.gated_act.default, (gate, up, number))
     torch.library.opcheck(ops.gated_act.default, (*leaves((gate, up)), number))

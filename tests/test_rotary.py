@@ -18,6 +18,7 @@ from helpers import (
     each_dtype,
     gradients,
     leaves,
+    registered,
     strange,
 )
 from torch import Tensor
@@ -325,7 +326,7 @@ def test_gradcheck(shape: Shape, rows_of_cos: str) -> None:
 @few_shapes
 def test_opcheck(shape: Shape, layout: str, device: str) -> None:
     case = make(replace(shape, seq_len=3), device=device, layout=layout)
-    ops = torch.ops.hf_fuse
+    ops = registered(device)
     for transpose in (False, True):
         torch.library.opcheck(ops.rotary.default, (*case.tensors, transpose))
     q, k = leaves((case.q, case.k))

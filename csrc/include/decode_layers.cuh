@@ -253,8 +253,7 @@ struct Worker {
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"n"(kWorkers) : "memory"); }
 
   __device__ void release() {
-    __syncwarp();
-    if (lane == 0) arrive(&shared.empty[from.slot]);
+    arrive(&shared.empty[from.slot]);
     from.next(slots);
   }
 
@@ -635,7 +634,7 @@ __global__ void __launch_bounds__(kWorkers + kLoaders, 1)
 #pragma unroll 1
     for (int i = 0; i < plan.slots; ++i) {
       init_barrier(&shared.full[i], kLoaders);
-      init_barrier(&shared.empty[i], kWarps);
+      init_barrier(&shared.empty[i], kWorkers);
     }
     using W = Worker<T, kGroups, kUnitGroups, S>;
     expect_stores(&shared.got_input, W::kInputBytes);

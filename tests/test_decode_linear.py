@@ -220,7 +220,7 @@ def test_linear_on_cpu_takes_no_notice_of_the_other_sequences(dtype: torch.dtype
         assert_equal(replace(call, x=call.x[b : b + 1])(), together[b : b + 1])
 
 
-MANY = [3, 5, 8, 16, 17, 33, 64, 65]
+MANY = [2, 3, 5, 8, 16, 17, 33, 64, 65]
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=name_of)
@@ -228,7 +228,7 @@ MANY = [3, 5, 8, 16, 17, 33, 64, 65]
 @pytest.mark.parametrize(
     ("size", "rows"),
     # few rows, which a cluster of blocks shares; ragged; more than the blocks take at once
-    [(2048, [40, 9, 3]), (1600, [333]), (8192, [130]), (64, [36001]), (768, [17])],
+    [(2048, [40, 9, 3]), (1600, [333]), (8192, [130]), (64, [36001]), (768, [17]), (14336, [5])],
     ids=name_of,
 )
 def test_linear_of_many_sequences(
@@ -268,6 +268,8 @@ def test_a_sequence_does_not_depend_on_the_others(device: str) -> None:
     [
         (2, 64, torch.bfloat16, "decode_linear_kernel"),
         (3, 64, torch.bfloat16, "decode_matmul_kernel"),
+        (2, 10240, torch.bfloat16, "decode_linear_kernel"),
+        (2, 14336, torch.bfloat16, "decode_matmul_kernel"),
         (64, 64, torch.float16, "decode_matmul_kernel"),
         (3, 64, torch.float32, "decode_linear_kernel"),
         (3, 40, torch.bfloat16, "decode_linear_kernel"),

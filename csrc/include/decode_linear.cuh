@@ -465,7 +465,8 @@ bool launch_loads(const DecodeLinear& p, int64_t units, void* stream) {
   if (chunks <= kThreads) return launch_vectors<T, kNorm, 1, kBatch>(p, units, stream);
   if (chunks <= 2 * kThreads) return launch_vectors<T, kNorm, 2, kBatch>(p, units, stream);
   if constexpr (kBatch <= 2) {
-    if (chunks <= 4 * kThreads) return launch_vectors<T, kNorm, 4, kBatch>(p, units, stream);
+    static_assert(kMaxChunksOfTwo == 4 * kThreads);
+    if (chunks <= kMaxChunksOfTwo) return launch_vectors<T, kNorm, 4, kBatch>(p, units, stream);
   }
   if constexpr (kBatch == 1) {
     if (chunks <= 8 * kMaxThreads) return launch_vectors<T, kNorm, 8, kBatch>(p, units, stream);

@@ -28,7 +28,7 @@
 namespace hf_fuse {
 namespace {
 
-constexpr int kMinBatch = 3;       // for fewer, the kernels without tensor cores
+constexpr int kMinBatch = 3;       // for fewer, the kernels without tensor cores, if they read once
 constexpr int kMaxBatch = 32;      // at once
 constexpr int kStep = 32;          // elements of a row: 16 bytes for each of four lanes
 constexpr int kSumSteps = 4;       // that tensor cores add up
@@ -444,7 +444,8 @@ void launch_matmul(const DecodeLinear& p, int64_t units, void* stream) {
 
 template <typename T>
 bool DecodeMatmulOf<T>::can_run(const DecodeLinear& p) {
-  return p.batch >= kMinBatch && p.size % kStep == 0 && p.size <= kMaxMatmulSize &&
+  const bool read_twice = p.batch == 2 && p.size / Vec16<T>::kSize > kMaxChunksOfTwo;
+  return (p.batch >= kMinBatch || read_twice) && p.size % kStep == 0 && p.size <= kMaxMatmulSize &&
          readable_by_vectors<T>(p);
 }
 

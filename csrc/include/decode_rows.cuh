@@ -123,6 +123,9 @@ struct DecodeLinearOf {
   static bool run_two(const DecodeLinear& a, const DecodeLinear& b, void* stream);
 };
 
+// The longest rows that decode_linear.cuh multiplies by two sequences at once, in 16 bytes.
+constexpr int64_t kMaxChunksOfTwo = 1280;
+
 // decode_matmul.cuh: many sequences at once, on tensor cores; with a norm it needs the workspace.
 template <typename T>
 struct DecodeMatmulOf {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,6 @@ def decode_section() -> str:
         ]
         for r in gpu
     ]
-    contexts = [
-        [
-            run["model"].removeprefix("shape:"),
-            str(r["prompt_length"]),
-            *(f"{r[side]['tpot_ms']['p50']:.3f}" for side in ("unpatched", "patched")),
-            f"{r['floor_ms']:.3f}",
-        ]
-        for run in (_load(path.name) for path in sorted(RESULTS.glob("context-*.json")))
-        for r in run["results"]
-    ]
     cpu_rows = [
         [r["model"].removeprefix("shape:"), r["dtype"], f"{r['result']['speedup']:.2f}"]
         for r in cpu
@@ -113,7 +104,18 @@ def decode_section() -> str:
                 rows,
             ),
             "After longer prompts, 64 new tokens:",
-            _markdown(["shape", "prompt", "eager", "patched", "floor"], contexts),
+            _markdown(
+                ["shape", "prompt", "eager", "patched", "floor"],
+                [*_sweep("context", "prompt_length", ("unpatched", "patched"))],
+            ),
+            "Several sequences at once, 32 new tokens; tokens/s are of all of them, patched:",
+            _markdown(
+                ["shape", "sequences", "eager", "compiled", "patched", "floor", "tokens/s"],
+                [
+                    [*row, f"{1e3 * int(row[1]) / float(row[4]):.0f}"]
+                    for row in _sweep("batches", "batch_size", sides[:3])
+                ],
+            ),
             "On two CPU cores, TPOT, ratios of one run each:",
             _markdown(["shape", "dtype", "×"], cpu_rows),
             "Perplexity in bf16, the patched model token by token through those steps (tiny "
@@ -124,6 +126,16 @@ def decode_section() -> str:
             ),
         ]
     )  # fmt: skip
+
+
+def _sweep(kind: str, varied: str, sides: tuple[str, ...]) -> Iterator[list[str]]:
+    """Shape, what was varied, the sides' TPOT and the floor, from {kind}-*.json."""
+    for path in sorted(RESULTS.glob(f"{kind}-*.json")):
+        run = _load(path.name)
+        for result in run["results"]:
+            medians = (f"{result[side]['tpot_ms']['p50']:.3f}" for side in sides)
+            shape = run["model"].removeprefix("shape:")
+            yield [shape, str(result[varied]), *medians, f"{result['floor_ms']:.3f}"]
 
 
 def _through_decode(name: str) -> list[str]:

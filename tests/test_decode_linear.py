@@ -77,8 +77,9 @@ class Linear:
     @property
     def on_tensor_cores(self) -> bool:
         """Whether the kernel for many sequences runs, which reads a normed row that is rounded."""
-        few = self.x.device.type == "cpu" or len(self.x) < 3
-        return not few and self.weights[0].dtype != torch.float32 and self.x.shape[1] % 32 == 0
+        batch, size = self.x.shape
+        many = batch >= (2 if size > 10240 else 3) and self.x.device.type == "cuda"
+        return many and self.weights[0].dtype != torch.float32 and size % 32 == 0
 
     def check(self) -> None:
         """An fp32 sum of few terms may lose two roundings where torch was lucky."""

@@ -8,7 +8,8 @@ Shapes: x [batch, size], a weight [rows, size] with contiguous rows (any row str
 norm weight and bias [size], out [batch, all rows], or [batch, rows of one weight] when gated.
 Dtypes: weights, biases and norm weights float32, float16 or bfloat16, alike; x float32 under a
 norm, else their dtype; out float32 for store and add, else their dtype. Sums are fp32; nothing is
-rounded before out.
+rounded before out, but for several sequences of 16-bit weights on a GPU, whose normed rows go to
+tensor cores in the weights' dtype, as in transformers' layers.
 
 For inference: writes into `out`, which the caller keeps, and has no gradient. Errors name the
 tensor (RuntimeError).

@@ -8,10 +8,12 @@ print(hf_fuse.report(model))    # what was fused, where it runs, what was left a
 hf_fuse.unpatch(model)          # bit for bit the model it was
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_fuse.auto import register, registered, unregister
     from hf_fuse.patching import (
         UnsupportedModelError,
         VerificationError,
@@ -34,18 +36,27 @@ __all__ = [
     "is_patched",
     "patch",
     "patched",
+    "register",
+    "registered",
     "report",
     "supported",
     "unpatch",
+    "unregister",
 ]
+_IN_AUTO = ("register", "registered", "unregister")
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and transformers when something is used, so that `hf-fuse --help` is quick."""
     if name in __all__:
-        return getattr(import_module("hf_fuse.patching"), name)
+        where = "hf_fuse.auto" if name in _IN_AUTO else "hf_fuse.patching"
+        return getattr(import_module(where), name)
     raise AttributeError(f"module 'hf_fuse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if os.environ.get("HF_FUSE_AUTO", "0") not in ("", "0"):
+    import_module("hf_fuse.auto").register()

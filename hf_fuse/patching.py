@@ -58,7 +58,7 @@ def patch(
     for a backend that does not fit the model's device, RuntimeError when the backend asked for
     cannot be built. After any error the model is as it was.
     """
-    names = _check_arguments(model, ops, backend)
+    names = check_arguments(model, ops, backend)
     backbones = _backbones(model, names, strict)
     if _already(backbones, names, backend):
         return model
@@ -124,7 +124,7 @@ def supported() -> dict[str, tuple[str, ...]]:
     return {architecture.model_type: architecture.ops for architecture in ARCHITECTURES}
 
 
-def _check_arguments(model: nn.Module, names: Iterable[str] | None, backend: str) -> frozenset[str]:
+def check_arguments(model: nn.Module, names: Iterable[str] | None, backend: str) -> frozenset[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"hf_fuse.patch: model must be a torch.nn.Module, got {type(model).__name__}"

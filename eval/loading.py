@@ -55,7 +55,7 @@ def load_model(
     target = _device(device)
     if name.startswith(PREFIX):
         return build_shape(name.removeprefix(PREFIX), dtype, target), None
-    path = _resolve(name)
+    path = resolve(name)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         with _quiet(progress):
@@ -121,7 +121,10 @@ def _quiet(progress: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _resolve(name: str) -> str:
+def resolve(name: str) -> str:
+    """The folder of a tiny model or of a path, else `name`, which the hub may know. Raises
+    UsageError for a folder or a tiny model that is not there.
+    """
     tiny = tiny_models()
     if name in tiny and not Path(name).exists():
         return str(tiny[name])

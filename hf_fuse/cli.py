@@ -1,4 +1,5 @@
-"""The command line: `hf-fuse ppl | tpot | step | kernels | demo | doctor | supported`.
+"""The command line: `hf-fuse ppl | tpot | lm-eval | step | kernels | demo | doctor |
+supported`.
 
 What a user can mend (a wrong name, a missing file or package) is one line on stderr, exit code 2.
 """
@@ -21,12 +22,15 @@ _BACKENDS = ("auto", "cuda", "cpu", "reference")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0; 1 when the demo's answers differ or the doctor finds no CPU kernels; 2 for an error
-    that the user can mend. Options that cannot be parsed exit with 2, as argparse does.
+    Returns 0; 1 when the demo's answers or lm-eval's metrics differ or the doctor finds no CPU
+    kernels; 2 for an error that the user can mend. Options that cannot be parsed exit with 2, as
+    argparse does.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(given, argparse.Namespace(given=given))
     try:
+        if given[:1] == ["lm-eval"]:  # most of its options are lm-eval's own
+            return _lm_eval(given[1:])
+        arguments = _parser().parse_args(given, argparse.Namespace(given=given))
         return arguments.run(arguments)
     except ValueError as error:
         if not _is_usage_error(error):
@@ -173,7 +177,16 @@ def _step(arguments: argparse.Namespace) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+def _lm_eval(given: Sequence[str]) -> int:
+    from hf_fuse.eval.environment import require
+
+    require("lm_eval", "lm-eval", "hf-fuse lm-eval")
+    from hf_fuse.eval import harness
+
+    return harness.main(given)
+
+
+class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is one --help away."""
 
     def error(self, message: str) -> NoReturn:
@@ -181,7 +194,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hf-fuse", description="Evaluate hf_fuse on a transformers model.")
+    parser = OneLineParser(prog="hf-fuse", description="Evaluate hf_fuse on a transformers model.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     ppl = _command(commands, "ppl", _ppl, "perplexity, unpatched and patched, on the same windows")
@@ -223,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", _demo, "both, over the three tiny models, in one table")
     _run_options(demo, dtype="float32", json="results/demo.json", png="results/demo.png")
+    commands.add_parser("lm-eval", help="lm-eval's tasks on the patched model, or on both sides")
     _command(commands, "doctor", _doctor, "what is on this machine, and how to mend what is not")
     _command(commands, "supported", _supported, "the architectures that hf_fuse knows")
     return parser

@@ -1,0 +1,155 @@
+"""hf-fuse lm-eval and the model name hf-fuse, on the tiny trained models."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+import hf_fuse
+from hf_fuse.cli import main
+from hf_fuse.decode.loop import engine_of
+from hf_fuse.eval.harness import TASKS, FusedLM
+from hf_fuse.eval.loading import MODELS
+
+TINY = ("tiny-llama", "tiny-gpt_neox", "tiny-gpt2")
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONTINUE = """
+task: continue
+custom_dataset: !function continue.dataset
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "nothing"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 12, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+PROMPTS = """
+from datasets import Dataset
+
+def dataset(**metadata):
+    prompts = ["The class statement", "A function", "An expression"]
+    return {"test": Dataset.from_list([{"prompt": p} for p in prompts])}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without lm-eval's own tasks, whose many files take seconds to read."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+
+
+def compared(capsys: pytest.CaptureFixture, *options: str) -> tuple[int, str]:
+    code = main(["lm-eval", "--tasks", "hf_fuse_text", "--compare", *options])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TINY)
+def test_the_same_perplexity_on_both_sides(
+    name: str, dtype: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    file = tmp_path / "numbers.json"
+    model = f"pretrained={name},dtype={dtype}"
+    code, out = compared(capsys, "--model_args", model, "--batch_size", "16", "--json", str(file))
+    assert code == 0, out
+    numbers = json.loads(file.read_text())
+    metrics = {metric["name"]: metric for metric in numbers["metrics"]}
+    assert set(metrics) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert numbers["tolerance"] == (1e-5 if dtype == "float32" else 5e-4)
+    for metric in metrics.values():
+        assert metric["unpatched"] > 1
+        assert metric["patched"] == pytest.approx(metric["unpatched"], rel=numbers["tolerance"])
+    assert "no metric differs by more than" in out
+
+
+def test_a_model_that_answers_otherwise_is_found(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what --compare calls patched is changed: it did compare the two."""
+
+    def patch(self: FusedLM) -> None:
+        with torch.no_grad():
+            self.model.lm_head.weight.mul_(1.001)
+
+    monkeypatch.setattr(FusedLM, "patch", patch)
+    options = ("--model_args", "pretrained=tiny-llama,dtype=float32", "--limit", "1")
+    code, out = compared(capsys, *options)
+    assert code == 1
+    assert "3 of 3 metrics differ by more than 1e-05" in out
+    assert compared(capsys, *options, "--tolerance", "0.5")[0] == 0
+
+
+def test_by_its_name_in_lm_eval(tmp_path: Path) -> None:
+    """Rolling perplexity of the user's file, and generate_until, by simple_evaluate."""
+    (tmp_path / "continue.yaml").write_text(CONTINUE)
+    (tmp_path / "continue.py").write_text(PROMPTS)
+    text = tmp_path / "text.txt"
+    text.write_text("A statement is run.\n\n" * 40)
+    manager = TaskManager(
+        include_path=[str(TASKS), str(tmp_path)],
+        metadata={"text": str(text)},
+        include_defaults=False,
+    )
+    found: list[Any] = []
+    sizes = {"batch_size": "auto", "max_batch_size": 4, "device": "cpu"}
+    folder = str(MODELS / "llama")
+    model = FusedLM(folder, dtype="float32", **sizes)
+    assert hf_fuse.is_patched(model.model)
+    for name, given in (("hf", {"pretrained": folder, "dtype": "float32"}), (model, None)):
+        tasks = ["hf_fuse_text", "continue"]
+        found.append(
+            lm_eval.simple_evaluate(name, given, tasks=tasks, task_manager=manager, **sizes)
+        )
+    assert get_model("hf-fuse") is FusedLM
+    plain, fused = (f["results"]["hf_fuse_text"]["bits_per_byte,none"] for f in found)
+    assert fused == pytest.approx(plain, rel=1e-5)
+    answers = [[sample["resps"][0][0] for sample in f["samples"]["continue"]] for f in found]
+    assert answers[0] == answers[1]
+    assert any(answers[1])
+    assert engine_of(model.model) is not None
+
+
+def test_lm_evals_own_run(capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--model_args", "pretrained=tiny-gpt2", "--tasks", "hf_fuse_text", "--limit", "2"]
+    assert main(["lm-eval", *arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "hf_fuse_txt"], "Tasks not found: hf_fuse_txt"),
+        (["--tasks", "hf_fuse_text", "--text", "/nowhere.txt"], "cannot read the text file"),
+        (["--model_args", "pretrained=/nowhere"], "there is no model folder /nowhere"),
+        (["--model_args", "pretrained=tiny-bert"], "there is no tiny model tiny-bert"),
+        (["--model", "hf"], "the model is hf-fuse, got --model hf"),
+        (["--model_args", "pretrained=tiny-gpt2,fuse_backend=gpu"], "backend must be one of"),
+        (["--json", "/dev/null/all.json"], "/dev/null"),
+    ],
+    ids=["task", "text", "folder", "tiny", "model", "backend", "json"],
+)
+@pytest.mark.parametrize("compare", [[], ["--compare"]], ids=["run", "compare"])
+def test_errors_are_one_line_and_code_2(
+    options: list[str], message: str, compare: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    given = ["--tasks", "hf_fuse_text", "--model_args", "pretrained=tiny-gpt2", *options]
+    assert main(["lm-eval", *given, *compare]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("hf-fuse: ")
+    assert message in last
+
+
+def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["lm-eval", "--bogus"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--bogus" in line

@@ -143,6 +143,7 @@ bool DecodeLayersOf<T>::run(const DecodeLayers& p, void* stream, bool only_ask) 
   if (groups / clusters < choice.unit_groups - 1 || ceil_div(groups, clusters) > choice.unit_groups)
     return false;
   if (slot_bytes < chunks * 16 * kTileRows) return false;
+  if (ceil_div(tiles_of(slot_bytes, kHeadChunks), kWarps) > kOutTiles) return false;
   if (only_ask) return true;
   const Grid grid = {clusters * kCluster, 1, kCluster, -1, true};
   launch(kDecodeLayers, choice.kernel, grid, threads, bytes, stream,

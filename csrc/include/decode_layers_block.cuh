@@ -10,7 +10,7 @@ namespace {
 constexpr int kWarps = 8, kWorkers = kWarps * kWarpSize, kLoaders = 128;
 constexpr int kCluster = 4;
 constexpr int kHead = 64, kHeadShare = kHead / kCluster, kHeadChunks = kHead / 8;
-constexpr int kTileRows = 8;
+constexpr int kTileRows = 8, kOutTiles = 4;  // kOutTiles: of attention_out, of a slot, for a warp
 constexpr int kPad = 64;              // bytes between rows of x's size: two rows are read at once
 constexpr int kUnderWay = 48 * 1024;  // bytes of a block
 constexpr int kMaxSlots = 16, kLayersInShared = 48;
@@ -69,9 +69,9 @@ struct LayersShared {
 // Columns are stored without gaps. Where rows are a multiple of 128 bytes apart, odd ones have the
 // groups of every pair exchanged, so that a warp reads from all banks.
 __device__ inline bool exchanged(int row, int chunks) { return row % 2 && chunks % 8 == 0; }
-__device__ inline int tiles_of(int slot_bytes, int chunks) {
+__host__ __device__ inline int tiles_of(int slot_bytes, int chunks) {
   const int tiles = slot_bytes / (chunks * kTileRows * 16);
-  return chunks > kHeadChunks ? min(tiles, kWarps) : tiles;
+  return chunks > kHeadChunks && tiles >= kWarps ? kWarps : tiles;
 }
 
 }  // namespace

@@ -195,7 +195,8 @@ struct Worker {
   // The row of a phase that a thread finishes: kCluster threads one row, each for a block.
   __device__ int finished_row() const { return t / kCluster; }
 
-  // The block's rows of a weight, `chunks` chunks of each, times v: added to the phase's sums.
+  // The block's rows of a weight, `chunks` chunks of each, times v: added to the phase's sums. Of a
+  // slot a warp has at most kTiles tiles.
   template <int kN, int kTiles>
   __device__ void multiply_columns(const float* v, int chunks, int phase) {
     int64_t* const sums = all.of(phase) + part.rank * (size / kCluster);
@@ -290,6 +291,9 @@ struct Worker {
       key[u][0] = load_shared<V>(&shared.tile[0][u][t]);
       value[u][0] = load_shared<V>(&shared.tile[1][u][t]);
     }
+    // What other blocks store comes with the bytes that the barrier counts, as a bulk copy does. A
+    // wait of the cluster's scope would invalidate L1, too, and all that is there is asked for
+    // anew.
     wait_for(&shared.got_input, parity);
     if (t == 0) arrive_and_expect(&shared.got_input, kInputBytes);
     Attention<L> a;
@@ -370,7 +374,7 @@ struct Worker {
       multiply_columns<kUnitGroups, 1>(shared.middle, part.units / 8, phase);
     } else {
       attend_head(keys, values, tile, num_slots, l % 2);
-      multiply_columns<kHead / kGroup, 4>(shared.attended, kHeadChunks, phase);
+      multiply_columns<kHead / kGroup, kOutTiles>(shared.attended, kHeadChunks, phase);
     }
   }
 

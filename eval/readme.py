@@ -8,8 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_fuse.patches import ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
+
+
+def supported_section() -> str:
+    """The architectures, as they state themselves."""
+    rows = [[f"`{a.model_type}`", f"`{a.backbone.__name__}`", a.summary] for a in ARCHITECTURES]
+    return _markdown(["architecture", "every head of", "fused"], rows, numbers=False)
 
 
 def demo_section() -> str:
@@ -148,7 +156,12 @@ def _through_decode(name: str) -> list[str]:
     ]
 
 
-SECTIONS = {"demo": demo_section, "decode": decode_section, "kernels": kernels_section}
+SECTIONS = {
+    "demo": demo_section,
+    "supported": supported_section,
+    "decode": decode_section,
+    "kernels": kernels_section,
+}
 
 
 def rewritten(text: str) -> str:
@@ -164,8 +177,9 @@ def _load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def _markdown(head: list[str], rows: list[list[str]], numbers: bool = True) -> str:
+    right = "---:" if numbers else "---"
+    lines = [head, ["---", *[right] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

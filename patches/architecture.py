@@ -41,6 +41,7 @@ class Architecture:
     """
 
     model_type: str
+    summary: str  # what is fused, for the table in the README
     backbone: type[nn.Module]
     layers: str  # attribute of the backbone: the list of decoder layers
     final_norm: str  # attribute of the backbone

@@ -109,6 +109,9 @@ def refuse_cross_attention(model: nn.Module) -> str | None:
 
 ARCHITECTURE = Architecture(
     model_type="gpt2",
+    summary=(
+        "residual adds with the LayerNorms that read them, `gelu_new` (eight kernels in eager mode)"
+    ),
     backbone=hf.GPT2Model,
     layers="h",
     final_norm="ln_f",

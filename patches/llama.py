@@ -152,6 +152,10 @@ def opening_norms(layer: nn.Module) -> tuple[nn.Module, ...]:
 
 ARCHITECTURE = Architecture(
     model_type="llama",
+    summary=(
+        "residual adds with the RMSNorms that read them, rotary (with a static cache's "
+        "write), SiLU·mul"
+    ),
     backbone=hf.LlamaModel,
     layers="layers",
     final_norm="norm",

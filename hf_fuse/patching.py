@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from hf_fuse import jit, ops
+from hf_fuse import jit, ops, sources
 from hf_fuse.decode.loop import forget
 from hf_fuse.modules import STATE, Fused, state_of
 from hf_fuse.ops._library import BACKENDS, kernels
@@ -205,7 +205,12 @@ def _patch_backbone(
     names: frozenset[str],
     backend: str,
 ) -> None:
-    record = PatchRecord(architecture.model_type, tuple(sorted(names)), backend)
+    record = PatchRecord(
+        architecture.model_type,
+        tuple(sorted(names)),
+        backend,
+        unknown_sources=sources.unknown(architecture, names),
+    )
     owners = ((n, m) for n, m in model.named_modules() if backbone in m.children())
     for name, module in (*owners, *backbone.named_modules()):
         for swap in architecture.swaps:

@@ -26,6 +26,7 @@ class PatchRecord:
     backend: str
     skipped: dict[str, tuple[str, str]] = field(default_factory=dict)  # module -> (op, reason)
     verified: str = "not asked for"
+    unknown_sources: tuple[str, ...] = ()  # classes of transformers that hf_fuse does not know so
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Report:
     model_type: str | None = None
     ops: tuple[str, ...] = ()
     verified: str | None = None
+    unknown_sources: tuple[str, ...] = ()
     modules: tuple[FusedModule, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)  # module -> why
     left_to_transformers: dict[str, int] = field(default_factory=dict)  # reason -> calls
@@ -66,6 +68,12 @@ class Report:
             return "\n".join(lines + self._left_alone())
         lines = [f"{self.model} ({self.model_type}): patched with {', '.join(self.ops)}"]
         lines += [f"  verified: {self.verified}"]
+        if self.unknown_sources:
+            lines.append(
+                f"  not the source hf_fuse was tested over, in transformers "
+                f"{self.versions['transformers']}: {', '.join(self.unknown_sources)}; "
+                f"only the verification vouches for it"
+            )
         for (fused, original, op, backend), group in groupby(
             sorted(self.modules, key=_kind), key=_kind
         ):
@@ -139,6 +147,7 @@ def build_report(model: nn.Module) -> Report:
         model_type=first.model_type,
         ops=tuple(dict.fromkeys(sorted(m.op for m in modules))),
         verified=first.verified,
+        unknown_sources=first.unknown_sources,
         modules=tuple(modules),
         skipped=skipped,
         left_to_transformers=dict(notes),

@@ -40,7 +40,7 @@ class _Registration:
         if not isinstance(present, (list, tuple)):
             (fused,) = fused
         earlier = mapping._extra_content.get(config_class, _MISSING)
-        mapping.register(config_class, fused, exist_ok=True)
+        mapping._extra_content[config_class] = fused  # its `register` passes over transformers' own
         self.entries.append((mapping, config_class, earlier, fused))
 
     def take_back(self) -> None:

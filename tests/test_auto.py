@@ -183,7 +183,7 @@ def test_what_the_user_registered_stays() -> None:
         pass
 
     mapping = AutoModelForCausalLM._model_mapping
-    mapping.register(LlamaConfig, Own, exist_ok=True)
+    mapping._extra_content[LlamaConfig] = Own
     try:
         with hf_fuse.registered():
             assert mapping[LlamaConfig] is Own
@@ -192,7 +192,7 @@ def test_what_the_user_registered_stays() -> None:
     finally:
         del mapping._extra_content[LlamaConfig]
     with hf_fuse.registered():
-        mapping.register(LlamaConfig, Own, exist_ok=True)
+        mapping._extra_content[LlamaConfig] = Own
     assert mapping[LlamaConfig] is Own
     del mapping._extra_content[LlamaConfig]
 

@@ -32,13 +32,10 @@ class _Registration:
         self.entries: list[tuple[_LazyAutoMapping, type, Any, Any]] = []
 
     def add(self, mapping: _LazyAutoMapping, config_class: type) -> None:
-        present: Any = mapping.get(config_class, ())
-        classes = present if isinstance(present, (list, tuple)) else (present,)
-        if not classes or not all(c.__module__.startswith("transformers.") for c in classes):
+        present: Any = mapping.get(config_class, None)
+        if present is None or not present.__module__.startswith("transformers."):
             return  # no class for this task, or the user's own
-        fused: Any = tuple(_patching(c, self.arguments) for c in classes)
-        if not isinstance(present, (list, tuple)):
-            (fused,) = fused
+        fused = _patching(present, self.arguments)
         earlier = mapping._extra_content.get(config_class, _MISSING)
         mapping._extra_content[config_class] = fused  # its `register` passes over transformers' own
         self.entries.append((mapping, config_class, earlier, fused))

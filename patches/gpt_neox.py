@@ -156,7 +156,8 @@ def opening_norms(layer: nn.Module) -> tuple[nn.Module, ...]:
 ARCHITECTURE = Architecture(
     model_type="gpt_neox",
     summary=(
-        "three-way residual add with two LayerNorms, partial rotary from the packed QKV, GELU"
+        "Pythia: three-way residual add with two LayerNorms, partial rotary from the packed "
+        "QKV, GELU"
     ),
     backbone=hf.GPTNeoXModel,
     layers="layers",

@@ -24,6 +24,12 @@ void check_rows(const char* op, const char* name, const Tensor& t) {
 // ---- add_norm
 // -------------------------------------------------------------------------------------------------------
 
+Norm norm_of(const char* op, int64_t kind) {
+  if (kind < 0 || kind > static_cast<int64_t>(Norm::kRmsOffset))
+    fail(op, ": kind must be 0 to 3 (rms, layer, rms_once, rms_offset), got ", kind);
+  return static_cast<Norm>(kind);
+}
+
 void check_norm(const char* op, const char* weight_name, const OptionalTensor& weight,
                 const char* bias_name, const OptionalTensor& bias, bool rms, const Tensor& x) {
   if (weight) check_vector(op, weight_name, *weight, "x", x);
@@ -35,17 +41,18 @@ void check_norm(const char* op, const char* weight_name, const OptionalTensor& w
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm(
     Tensor x, OptionalTensor delta1, OptionalTensor delta2, Tensor weight1, OptionalTensor bias1,
-    OptionalTensor weight2, OptionalTensor bias2, double eps, bool rms, bool stats) {
+    OptionalTensor weight2, OptionalTensor bias2, double eps, int64_t kind, bool stats) {
   const char* op = "add_norm";
   check_rows(op, "x", x);
   AddNormForward p{};
+  p.kind = norm_of(op, kind);
+  const bool rms = is_rms(p.kind);
   p.dtype = dtype_of(op, "x", x);
   if (delta1) check_same_shape(op, "delta1", *delta1, "x", x);
   if (delta2) check_same_shape(op, "delta2", *delta2, "x", x);
   if (delta2 && !delta1) fail(op, ": delta2 needs delta1");
   check_norm(op, "weight1", weight1, "bias1", bias1, rms, x);
   check_norm(op, "weight2", weight2, "bias2", bias2, rms, x);
-  p.rms = rms;
   p.hidden_size = x.size(x.dim() - 1);
   p.num_tokens = rows_in(x);
   p.eps = eps;
@@ -78,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_backward(
     OptionalTensor grad_residual, OptionalTensor grad_normed1, OptionalTensor grad_normed2,
     Tensor residual, Tensor weight1, OptionalTensor weight2, OptionalTensor mean, Tensor rstd,
-    bool rms, bool bias1, bool bias2) {
+    int64_t kind, bool bias1, bool bias2) {
   const char* op = "add_norm_backward";
   check_rows(op, "residual", residual);
   AddNormBackward p{};
@@ -86,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_backward(
   check_vector(op, "weight1", weight1, "residual", residual);
   if (weight2) check_vector(op, "weight2", *weight2, "residual", residual);
   if (grad_normed2 && !weight2) fail(op, ": grad_normed2 needs weight2");
-  p.rms = rms;
+  p.kind = norm_of(op, kind);
+  const bool rms = is_rms(p.kind);
   p.hidden_size = residual.size(residual.dim() - 1);
   p.num_tokens = rows_in(residual);
   if (rstd.numel() != p.num_tokens || (!rms && (!mean || mean->numel() != p.num_tokens)))
@@ -325,13 +333,13 @@ STABLE_TORCH_LIBRARY(hf_fuse, m) {
   m.def(
       "add_norm(Tensor x, Tensor? delta1, Tensor? delta2, Tensor weight1, Tensor? bias1, Tensor? "
       "weight2, "
-      "Tensor? bias2, float eps, bool rms, bool stats) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor? bias2, float eps, int kind, bool stats) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
   // -> (grad_input, grad_weight1, grad_bias1, grad_weight2, grad_bias2)
   m.def(
       "add_norm_backward(Tensor? grad_residual, Tensor? grad_normed1, Tensor? grad_normed2, Tensor "
       "residual, "
-      "Tensor weight1, Tensor? weight2, Tensor? mean, Tensor rstd, bool rms, bool bias1, bool "
+      "Tensor weight1, Tensor? weight2, Tensor? mean, Tensor rstd, int kind, bool bias1, bool "
       "bias2) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> (rotated q, rotated k); transpose gives the backward

@@ -137,7 +137,7 @@ void decode_linear_two(Tensor out1, Tensor out2, Tensor x, Tensor norm_weight1,
 
 void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cache, Tensor length,
                       Tensor start, OptionalTensor inv_freq, double rope_scale, bool interleaved,
-                      double scaling) {
+                      double scaling, int64_t window, double softcap) {
   const char* op = "decode_attention";
   DecodeAttention p{};
   p.dtype = dtype_of(op, "key_cache", key_cache);
@@ -178,6 +178,9 @@ void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cac
     p.rotary_dim = 2 * inv_freq->size(0);
   }
   p.rope_scale = static_cast<float>(rope_scale), p.scaling = static_cast<float>(scaling);
+  if (window < 0 || softcap < 0)
+    fail(op, ": window and softcap must not be negative, got ", window, " and ", softcap);
+  p.window = window, p.softcap = static_cast<float>(softcap);
   p.key_cache = key_cache.data_ptr(), p.value_cache = value_cache.data_ptr();
   p.key_batch_stride = key_cache.stride(0), p.key_head_stride = key_cache.stride(1);
   p.value_batch_stride = value_cache.stride(0), p.value_head_stride = value_cache.stride(1);
@@ -188,8 +191,76 @@ void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cac
   hf_fuse::decode_attention(p, stream_of(qkv));
 }
 
+// A norm's weight, [size] and like `like`; null without one.
+const void* norm_weight_of(const char* op, const char* name, const OptionalTensor& weight,
+                           int64_t size, const Tensor& like) {
+  if (!weight) return nullptr;
+  check_like(op, name, *weight, "out", like);
+  if (weight->dim() != 1 || weight->size(0) != size || !weight->is_contiguous())
+    fail(op, ": ", name, " must be [", size, "], got ", shape_of(*weight));
+  return weight->data_ptr();
+}
+
+void decode_add_norm(Tensor out, Tensor residual, OptionalTensor delta, OptionalTensor delta_weight,
+                     OptionalTensor weight, double eps, double offset) {
+  const char* op = "decode_add_norm";
+  DecodeAddNorm p{};
+  p.dtype = dtype_of(op, "out", out);
+  if (out.dim() != 2) fail(op, ": out must be [batch, size], got ", shape_of(out));
+  p.batch = out.size(0), p.size = out.size(1);
+  if (p.size > kMaxNormSize) fail(op, ": size must be at most ", kMaxNormSize, ", got ", p.size);
+  check_matrix(op, "out", out, p.batch, p.size);
+  check_matrix(op, "residual", residual, p.batch, p.size);
+  check_float32(op, "residual", residual);
+  check_device(op, "residual", residual, "out", out);
+  if (delta) {
+    check_matrix(op, "delta", *delta, p.batch, p.size);
+    check_float32(op, "delta", *delta);
+    check_device(op, "delta", *delta, "out", out);
+    p.delta = static_cast<const float*>(delta->data_ptr());
+  } else if (delta_weight) {
+    fail(op, ": delta_weight needs delta");
+  }
+  p.delta_weight = norm_weight_of(op, "delta_weight", delta_weight, p.size, out);
+  p.weight = norm_weight_of(op, "weight", weight, p.size, out);
+  p.eps = static_cast<float>(eps), p.offset = static_cast<float>(offset);
+  p.residual = static_cast<float*>(residual.data_ptr()), p.out = out.data_ptr();
+  if (out.numel() == 0) return;
+  DeviceGuard guard(out);
+  hf_fuse::decode_add_norm(p, stream_of(out));
+}
+
+void decode_head_norm(Tensor qkv, Tensor q_weight, Tensor k_weight, int64_t q_width,
+                      int64_t k_width, double eps, double offset) {
+  const char* op = "decode_head_norm";
+  DecodeHeadNorm p{};
+  p.dtype = dtype_of(op, "q_weight", q_weight);
+  if (qkv.dim() != 2) fail(op, ": qkv must be [batch, width], got ", shape_of(qkv));
+  p.batch = qkv.size(0), p.stride = qkv.size(1);
+  check_matrix(op, "qkv", qkv, p.batch, p.stride);
+  check_float32(op, "qkv", qkv);
+  check_device(op, "qkv", qkv, "q_weight", q_weight);
+  p.q_width = q_width, p.k_width = k_width;
+  p.q_size = q_weight.numel(), p.k_size = k_weight.numel();
+  if (q_width < 0 || k_width < 0 || q_width + k_width > p.stride)
+    fail(op, ": q_width and k_width must be within the ", p.stride, " of qkv, got ", q_width,
+         " and ", k_width);
+  for (const auto& [name, size, width] :
+       {std::tuple("q_weight", p.q_size, q_width), std::tuple("k_weight", p.k_size, k_width)})
+    if (size < 1 || size > kMaxNormSize || width % size)
+      fail(op, ": the size of ", name, " must divide its ", width, " and be at most ", kMaxNormSize,
+           ", got ", size);
+  p.q_weight = norm_weight_of(op, "q_weight", q_weight, p.q_size, q_weight);
+  p.k_weight = norm_weight_of(op, "k_weight", k_weight, p.k_size, q_weight);
+  p.eps = static_cast<float>(eps), p.offset = static_cast<float>(offset);
+  p.qkv = static_cast<float*>(qkv.data_ptr());
+  if (qkv.numel() == 0 || q_width + k_width == 0) return;
+  DeviceGuard guard(qkv);
+  hf_fuse::decode_head_norm(p, stream_of(qkv));
+}
+
 void decode_embed(Tensor residual, Tensor token, Tensor table, OptionalTensor positions,
-                  Tensor length, Tensor start) {
+                  Tensor length, Tensor start, double scale) {
   const char* op = "decode_embed";
   DecodeEmbed p{};
   p.dtype = dtype_of(op, "table", table);
@@ -211,6 +282,7 @@ void decode_embed(Tensor residual, Tensor token, Tensor table, OptionalTensor po
   for (const Tensor* t : present)
     check_device(op, "residual, token, length and start", *t, "table", table);
   p.token = int64_of(token), p.length = int64_of(length), p.start = int64_of(start);
+  p.scale = static_cast<float>(scale);
   p.table = table.data_ptr(), p.residual = static_cast<float*>(residual.data_ptr());
   if (p.batch == 0) return;
   DeviceGuard guard(table);
@@ -355,11 +427,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, "
       "Tensor length, Tensor start, Tensor? inv_freq, float rope_scale, bool interleaved, float "
-      "scaling) -> ()");
+      "scaling, int window=0, float softcap=0) -> ()");
+  // residual += delta or its norm; out = the norm of residual, or residual
+  m.def(
+      "decode_add_norm(Tensor(a!) out, Tensor(b!) residual, Tensor? delta, Tensor? delta_weight, "
+      "Tensor? weight, float eps, float offset) -> ()");
+  // norms of the rows of q and of k, in place
+  m.def(
+      "decode_head_norm(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, int q_width, int "
+      "k_width, float eps, float offset) -> ()");
   // the embedding of token into residual
   m.def(
       "decode_embed(Tensor(a!) residual, Tensor token, Tensor table, Tensor? positions, Tensor "
-      "length, Tensor start) -> ()");
+      "length, Tensor start, float scale=1) -> ()");
   // the largest logit into token and history; length and step advance
   m.def(
       "decode_select(Tensor(a!) token, Tensor(b!) finished, Tensor(c!) history, Tensor(d!) length, "
@@ -386,6 +466,8 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fuse, HF_FUSE_KEY, m) {
   m.impl("decode_linear", TORCH_BOX(&hf_fuse::bindings::decode_linear));
   m.impl("decode_linear_two", TORCH_BOX(&hf_fuse::bindings::decode_linear_two));
   m.impl("decode_attention", TORCH_BOX(&hf_fuse::bindings::decode_attention));
+  m.impl("decode_add_norm", TORCH_BOX(&hf_fuse::bindings::decode_add_norm));
+  m.impl("decode_head_norm", TORCH_BOX(&hf_fuse::bindings::decode_head_norm));
   m.impl("decode_embed", TORCH_BOX(&hf_fuse::bindings::decode_embed));
   m.impl("decode_select", TORCH_BOX(&hf_fuse::bindings::decode_select));
 #ifdef HF_FUSE_CUDA

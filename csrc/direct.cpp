@@ -73,6 +73,15 @@ bool set_dtype(AddNormForward& p, c10::ScalarType type) {
   }
 }
 
+bool set_kind(AddNormForward& p, PyObject* name) {
+  const char* names[] = {"rms", "layer", "rms_once", "rms_offset"};
+  for (int i = 0; i < 4; ++i) {
+    p.kind = static_cast<Norm>(i);
+    if (PyUnicode_CompareWithASCIIString(name, names[i]) == 0) return true;
+  }
+  return false;
+}
+
 PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   PyObject* const deltas = count == 8 ? args[1] : nullptr;
@@ -88,11 +97,9 @@ PyObject* add_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   p.hidden_size = x->size(-1);
   p.num_tokens = x->numel() / p.hidden_size;
   p.eps = PyFloat_AS_DOUBLE(args[6]);
-  p.rms = PyUnicode_CompareWithASCIIString(args[7], "rms") == 0;
   if (!set_dtype(p, x->scalar_type()) || p.hidden_size > 65536 || args[2] == Py_None ||
-      (args[4] == Py_None && args[5] != Py_None) ||
-      (p.rms ? args[3] != Py_None || args[5] != Py_None
-             : PyUnicode_CompareWithASCIIString(args[7], "layer") != 0))
+      (args[4] == Py_None && args[5] != Py_None) || !set_kind(p, args[7]) ||
+      (is_rms(p.kind) && (args[3] != Py_None || args[5] != Py_None)))
     Py_RETURN_NONE;
   p.x = x->const_data_ptr();
   if (num_deltas > 0) p.delta1 = call.rows(PyTuple_GET_ITEM(deltas, 0));

@@ -115,24 +115,22 @@ class FusedGPTNeoXForCausalLM(Generates, hf.GPTNeoXForCausalLM):
     """The model whose `generate` runs on the decode engine."""
 
     def decoder_spec(self) -> spec.DecoderSpec:
-        inv_freq, rope_scale = spec.rotation(self.gpt_neox.rotary_emb)
+        rotation = spec.rotation(self.gpt_neox.rotary_emb)
         heads = self.config.num_attention_heads
         return spec.DecoderSpec(
             embedding=spec.plain(self.gpt_neox.embed_in.weight),
             positions=None,
-            layers=tuple(_layer_spec(layer) for layer in self.gpt_neox.layers),
+            layers=tuple(_layer_spec(layer, rotation) for layer in self.gpt_neox.layers),
             final_norm=spec.norm(self.gpt_neox.final_layer_norm),
             head=spec.projection(self.get_output_embeddings()),
             num_heads=heads,
             num_kv_heads=heads,
             head_dim=self.gpt_neox.layers[0].attention.head_size,
-            inv_freq=inv_freq,
-            rope_scale=rope_scale,
             interleaved=True,
         )
 
 
-def _layer_spec(layer: Any) -> spec.LayerSpec:
+def _layer_spec(layer: Any, rotation: spec.Rotation) -> spec.LayerSpec:
     return spec.LayerSpec(
         attention_norm=spec.norm(layer.input_layernorm),
         qkv=spec.projection(layer.attention.query_key_value),
@@ -144,6 +142,7 @@ def _layer_spec(layer: Any) -> spec.LayerSpec:
         act=spec.activation(layer.mlp.act),
         mlp_out=spec.projection(layer.mlp.dense_4h_to_h),
         parallel=layer.use_parallel_residual,
+        rotation=rotation,
     )
 
 

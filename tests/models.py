@@ -26,7 +26,20 @@ VOCAB = 131
 # Generation goes on to the length asked for.
 NO_END = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
-CLASSES = {"llama": "Llama", "gpt_neox": "GPTNeoX", "gpt2": "GPT2"}
+CLASSES = {
+    "llama": "Llama",
+    "gpt_neox": "GPTNeoX",
+    "gpt2": "GPT2",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "granite": "Granite",
+    "smollm3": "SmolLM3",
+    "phi3": "Phi3",
+    "olmo2": "Olmo2",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+}
 TINY: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": VOCAB,
@@ -63,6 +76,53 @@ TINY: dict[str, dict[str, Any]] = {
         "attn_pdrop": 0.0,
     },
 }
+# LLaMA's relatives: heads that the decode kernels take on a GPU, and windows that are soon full.
+_FAMILY = {**TINY["llama"], "hidden_size": 96, "head_dim": 16, "pad_token_id": 0}
+_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+_SLIDING = {"sliding_window": 12, "layer_types": _WINDOWS}
+TINY |= {
+    "mistral": {**_FAMILY, "sliding_window": 12},
+    "qwen2": {**_FAMILY, "use_sliding_window": True, **_SLIDING},
+    "qwen3": {**_FAMILY, "head_dim": 32, "use_sliding_window": True, **_SLIDING},
+    "granite": {
+        **_FAMILY,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 1.5,
+    },
+    "smollm3": {
+        **_FAMILY,
+        "use_sliding_window": True,
+        "no_rope_layers": [1, 0, 1],
+        **_SLIDING,
+    },
+    "phi3": {
+        **_FAMILY,
+        "sliding_window": 12,
+        "original_max_position_embeddings": 160,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "olmo2": _FAMILY,
+    "gemma2": {
+        **_FAMILY,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        **_SLIDING,
+    },
+    "gemma3_text": {
+        **_FAMILY,
+        "query_pre_attn_scalar": 20,
+        "final_logit_softcapping": 5.0,
+        "use_bidirectional_attention": False,
+        **_SLIDING,
+    },
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -92,7 +152,8 @@ class Case:
     def config(self, **changes: Any) -> PretrainedConfig:
         """The config, with `changes` on top."""
         values = {**NO_END, **TINY[self.model_type], **self.changes, **changes}
-        return getattr(transformers, f"{CLASSES[self.model_type]}Config")(**values)
+        name = "Gemma3Text" if self.model_type == "gemma3_text" else CLASSES[self.model_type]
+        return getattr(transformers, f"{name}Config")(**values)
 
     def build(
         self,
@@ -112,7 +173,8 @@ class Case:
             )
             model.generation_config.eos_token_id = None
             return model.to(device).eval()
-        name = {"": "Model", "ForCausalLM": CAUSAL[self.model_type]}.get(head, head)
+        bare = "TextModel" if self.model_type == "gemma3_text" else "Model"
+        name = {"": bare, "ForCausalLM": CAUSAL[self.model_type]}.get(head, head)
         config = self.config(**changes)
         config._attn_implementation = attention
         torch.manual_seed(seed)
@@ -121,12 +183,18 @@ class Case:
         return model.to(dtype).to(device).eval()
 
 
-CAUSAL = {"llama": "ForCausalLM", "gpt_neox": "ForCausalLM", "gpt2": "LMHeadModel"}
+CAUSAL = {name: "LMHeadModel" if name == "gpt2" else "ForCausalLM" for name in CLASSES}
 
 LLAMA = Case("llama", "llama")
 GPT_NEOX = Case("gpt_neox", "gpt_neox")
 GPT2 = Case("gpt2", "gpt2")
 PLAIN = (LLAMA, GPT_NEOX, GPT2)
+# LLaMA's relatives. Gemma 2's scores are capped, which only eager attention does on a CPU.
+FAMILY = tuple(
+    Case(name, name, attention="eager" if name == "gemma2" else "sdpa")
+    for name in TINY
+    if name not in {c.model_type for c in PLAIN}
+)
 
 GPT_NEOX_SERIAL = Case("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False})
 VARIANTS = (
@@ -139,7 +207,7 @@ VARIANTS = (
     Case("gpt2-inverse_layer_scale", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     Case("gpt2-upcast", "gpt2", {"reorder_and_upcast_attn": True}, attention="eager"),
 )
-TRAINED = tuple(Case(f"{name}-trained", name, trained=True) for name in CLASSES)
+TRAINED = tuple(Case(f"{c.id}-trained", c.id, trained=True) for c in PLAIN)
 
 
 def _llama_shape(name: str, hidden: int, inner: int, heads: int, kv: int, **more: Any) -> Case:

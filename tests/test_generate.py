@@ -559,7 +559,7 @@ def test_copies_pickles_and_checkpoints_after_generating(
     arguments = {"input_ids": ids, "max_new_tokens": 6, **GREEDY}
     expected = model.generate(**arguments).tolist()
     model.save_pretrained(tmp_path)
-    loaded = type(model).__mro__[2].from_pretrained(tmp_path).to(device).eval()
+    loaded = state_of(model).original.from_pretrained(tmp_path).to(device).eval()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert other.generate(**arguments).tolist() == expected
 

@@ -61,14 +61,16 @@ acc_t<T> centred_squares(const T* row, acc_t<T> mean, int64_t n, const T* dst) {
   });
 }
 
-template <typename T, bool kRms, bool kBias>
+template <typename T, Norm kNorm, bool kBias>
 void write_normed(const T* row, acc_t<T> mean, acc_t<T> rstd, const T* weight, const T* bias,
                   T* dst, int64_t n) {
   using A = acc_t<T>;
   for_each_vec<A>(n, [&](int64_t i, int64_t left) {
     vec<A> v = load_vec(row + i, left);
-    if constexpr (kRms) {
+    if constexpr (kNorm == Norm::kRms) {
       v = round_vec<T>(v * rstd) * load_vec(weight + i, left);
+    } else if constexpr (is_rms(kNorm)) {
+      v = v * rstd * (load_vec(weight + i, left) + A(weight_offset(kNorm)));
     } else {
       v = (v - mean) * rstd * load_vec(weight + i, left);
       if constexpr (kBias) v += load_vec(bias + i, left);
@@ -82,22 +84,26 @@ void write_normed(const AddNormForward& p, const T* row, acc_t<T> mean, acc_t<T>
                   const void* weight_ptr, const void* bias_ptr, T* dst) {
   const T* weight = static_cast<const T*>(weight_ptr);
   const T* bias = static_cast<const T*>(bias_ptr);
-  if (p.rms) return write_normed<T, true, false>(row, mean, rstd, weight, bias, dst, p.hidden_size);
-  if (bias) return write_normed<T, false, true>(row, mean, rstd, weight, bias, dst, p.hidden_size);
-  write_normed<T, false, false>(row, mean, rstd, weight, bias, dst, p.hidden_size);
+  const auto run = [&](auto write) { write(row, mean, rstd, weight, bias, dst, p.hidden_size); };
+  if (p.kind == Norm::kRms) return run(write_normed<T, Norm::kRms, false>);
+  if (p.kind == Norm::kRmsOnce) return run(write_normed<T, Norm::kRmsOnce, false>);
+  if (p.kind == Norm::kRmsOffset) return run(write_normed<T, Norm::kRmsOffset, false>);
+  if (bias) return run(write_normed<T, Norm::kLayer, true>);
+  run(write_normed<T, Norm::kLayer, false>);
 }
 
 template <typename T>
 void forward_rows(const AddNormForward& p, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t n = p.hidden_size;
-  const auto sum_row = p.rms ? sum_inputs_of<T, true>(p) : sum_inputs_of<T, false>(p);
+  const bool rms = is_rms(p.kind);
+  const auto sum_row = rms ? sum_inputs_of<T, true>(p) : sum_inputs_of<T, false>(p);
   for (int64_t token = begin; token < end; ++token) {
     const A sum = sum_row(p, token);
     const T* row = p.delta1 ? at<T>(p.residual, token * n) : at<T>(p.x, token * p.x_stride);
-    const A mean = p.rms ? A(0) : sum / n;
+    const A mean = rms ? A(0) : sum / n;
     T* dst = at<T>(p.normed1, token * n);
-    const A squares = p.rms ? sum : centred_squares(row, mean, n, dst);
+    const A squares = rms ? sum : centred_squares(row, mean, n, dst);
     const A rstd = 1 / std::sqrt(squares / n + static_cast<A>(p.eps));
     if (p.mean) *at<A>(p.mean, token) = mean;
     if (p.rstd) *at<A>(p.rstd, token) = rstd;

@@ -68,7 +68,7 @@ struct Kernel {
   }
 
   V weight(int which, int64_t i, int64_t left) const {
-    return load_vec(at<T>(norms.norm[which].weight, i), left);
+    return load_vec(at<T>(norms.norm[which].weight, i), left) + A(weight_offset(p.kind));
   }
 
   Token<A> means(int64_t t) const {
@@ -167,7 +167,7 @@ void backward(const AddNormBackward& p) {
     if (norms.count == 1) return backward_tokens<T, kRms, 1>(p, norms);
     backward_tokens<T, kRms, 0>(p, norms);
   };
-  p.rms ? run(std::true_type{}) : run(std::false_type{});
+  is_rms(p.kind) ? run(std::true_type{}) : run(std::false_type{});
   for (void* grad : {p.grad_weight1, p.grad_bias1, p.grad_weight2, p.grad_bias2})
     if (grad) std::memset(grad, 0, p.hidden_size * sizeof(T));  // of a norm without a gradient
   for (int which = 0; which < norms.count; ++which) {

@@ -131,10 +131,16 @@ void for_each_tile(int64_t group, const Body& body) {
   for (; h < group; ++h) body(h, std::integral_constant<int, 1>{});
 }
 
+// The first slot that a sequence's new token attends to.
+int64_t first_slot(const DecodeAttention& p, int64_t sequence) {
+  const int64_t start = p.start[sequence];
+  return p.window ? std::max(start, *p.length + 1 - p.window) : start;
+}
+
 template <typename T>
 void attend(const DecodeAttention& p, int64_t sequence, int64_t kv_head, int64_t split,
             const Scratch& s) {
-  const int64_t begin = p.start[sequence] + split * kSplit;
+  const int64_t begin = first_slot(p, sequence) + split * kSplit;
   const int64_t slots = std::min(kSplit, *p.length + 1 - begin);
   const int64_t group = p.num_heads / p.num_kv_heads, stride = s.splits * s.stride();
   const int64_t head = sequence * p.num_heads + kv_head * group;
@@ -150,6 +156,9 @@ void attend(const DecodeAttention& p, int64_t sequence, int64_t kv_head, int64_t
     });
   for (int64_t h = 0; h < group; ++h) {
     float* row = sums + h * stride;
+    if (p.softcap)
+      for (float* x = scores + h * kSplit; x < scores + h * kSplit + slots; ++x)
+        *x = p.softcap * std::tanh(*x / p.softcap);
     std::fill(row, row + s.width, 0.f);
     exponentiate(scores + h * kSplit, slots, row + s.width, row + s.width + 1);
   }
@@ -161,7 +170,7 @@ void attend(const DecodeAttention& p, int64_t sequence, int64_t kv_head, int64_t
 }
 
 int64_t splits_of(const DecodeAttention& p, int64_t sequence) {
-  return (*p.length - p.start[sequence]) / kSplit + 1;
+  return (*p.length - first_slot(p, sequence)) / kSplit + 1;
 }
 
 template <typename T>
@@ -208,7 +217,7 @@ void check(const DecodeAttention& p) {
     throw std::runtime_error("hf_fuse decode_attention: length must be below the capacity of " +
                              std::to_string(p.capacity) + ", got " + std::to_string(length));
   for (int64_t b = 0; b < p.batch; ++b)
-    if (p.start[b] < 0 || p.start[b] > length)
+    if (first_slot(p, b) < 0 || p.start[b] > length)
       throw std::runtime_error("hf_fuse decode_attention: start must be 0 to the length of " +
                                std::to_string(length) + ", got " + std::to_string(p.start[b]));
 }

@@ -17,6 +17,7 @@ void embed(const DecodeEmbed& p, int64_t sequence) {
   const int64_t token = p.token[sequence];
   check_index("token", token, p.vocab);
   load_row(at<T>(p.table, token * p.size), residual, p.size);
+  for (int64_t i = 0; i < p.size; ++i) residual[i] *= p.scale;
   if (!p.positions) return;
   const int64_t position = *p.length - p.start[sequence];
   check_index("position", position, p.num_positions);

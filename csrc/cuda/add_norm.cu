@@ -48,16 +48,20 @@ constexpr int min_blocks(int vecs, int threads) {
   return threads ? 768 / max_threads(vecs, threads) : 1;
 }
 
-template <bool kRms, typename V>
-__device__ V normalize(const V& row, float mean, float rstd, const V& weight, const V& bias) {
+// kRmsOnce stands for kRmsOffset as well: `offset` is what the weight counts from.
+template <Norm kNorm, typename V>
+__device__ V normalize(const V& row, float mean, float rstd, const V& weight, const V& bias,
+                       float offset) {
   auto y = row.floats();
 #pragma unroll
   for (int i = 0; i < V::kSize; ++i) y[i] = (y[i] - mean) * rstd;
   // transformers casts back to the dtype before it multiplies by the weight.
-  if constexpr (kRms) return weight * V::from(y);
+  if constexpr (kNorm == Norm::kRms) return weight * V::from(y);
   const auto w = weight.floats(), b = bias.floats();
 #pragma unroll
-  for (int i = 0; i < V::kSize; ++i) y[i] = y[i] * w[i] + b[i];
+  for (int i = 0; i < V::kSize; ++i) {
+    y[i] = kNorm == Norm::kLayer ? y[i] * w[i] + b[i] : y[i] * (w[i] + offset);
+  }
   return V::from(y);
 }
 
@@ -79,10 +83,10 @@ __device__ void save_statistics(const AddNormForward& p, int64_t row, float mean
 }
 
 // kThreads and kHidden are 0 where they are known only at run time.
-template <typename T, bool kRms, int kVecs, int kThreads, int kHidden>
+template <typename T, Norm kNorm, int kVecs, int kThreads, int kHidden>
 __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs, kThreads))
     add_norm_kernel(const AddNormForward p, const float eps, const float inv_hidden,
-                    const bool past_l2) {
+                    const bool past_l2, const float offset) {
   using V = Vec16<T>;
   __shared__ alignas(16) float shared[2][1][kMaxWarps];
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -140,7 +144,7 @@ __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs
     }
   }
   float sum[1] = {0.f}, mean = 0.f;
-  if constexpr (!kRms) {
+  if constexpr (kNorm == Norm::kLayer) {
 #pragma unroll
     for (int j = 0; j < kVecs; ++j) accumulate<false>(h[j], 0.f, sum);  // zeros outside the row
     row_sum(sum, shared[0], threads);
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs
 #pragma unroll
     for (int j = 0; j < kVecs; ++j) {
       if (!inside(j)) continue;
-      write_vector(out + column(j), normalize<kRms>(h[j], mean, rstd, weight[j], bias[j]));
+      write_vector(out + column(j), normalize<kNorm>(h[j], mean, rstd, weight[j], bias[j], offset));
     }
   };
   if constexpr (kVecs > 1) {  // from L1, in the registers that held the inputs
@@ -180,7 +184,8 @@ __global__ void __launch_bounds__(max_threads(kVecs, kThreads), min_blocks(kVecs
 // reads again (from L2, and what it wrote itself) for the variance and for the result.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(1024)
-    add_norm_long_kernel(const AddNormForward p, const float eps, const float inv_hidden) {
+    add_norm_long_kernel(const AddNormForward p, const float eps, const float inv_hidden,
+                         const float offset) {
   using V = Vec<T, kWidth>;
   __shared__ alignas(16) float shared[2][1][kMaxWarps];
   pdl_trigger_and_wait();
@@ -192,6 +197,7 @@ __global__ void __launch_bounds__(1024)
   const T* delta2 = static_cast<const T*>(p.delta2) + row * p.delta2_stride;
   T* residual = static_cast<T*>(p.residual) + row * hidden;
 
+  const bool rms = p.kind != Norm::kLayer;
   float sum[1] = {0.f}, mean = 0.f;
   for (int i = first; i < hidden; i += step) {
     V h = load<V>(x + i);
@@ -201,11 +207,11 @@ __global__ void __launch_bounds__(1024)
       h = delta + h;
       store(residual + i, h);
     }
-    p.rms ? accumulate<true>(h, 0.f, sum) : accumulate<false>(h, 0.f, sum);
+    rms ? accumulate<true>(h, 0.f, sum) : accumulate<false>(h, 0.f, sum);
   }
   row_sum(sum, shared[0], blockDim.x);
   const T* row_data = p.delta1 ? residual : x;
-  if (!p.rms) {
+  if (!rms) {
     mean = sum[0] * inv_hidden;
     sum[0] = 0.f;
     for (int i = first; i < hidden; i += step) {
@@ -221,7 +227,9 @@ __global__ void __launch_bounds__(1024)
     V b = {};
     if (bias) b = load<V>(static_cast<const T*>(bias) + i);
     store(static_cast<T*>(out) + row * hidden + i,
-          p.rms ? normalize<true>(h, mean, rstd, w, b) : normalize<false>(h, mean, rstd, w, b));
+          p.kind == Norm::kRms     ? normalize<Norm::kRms>(h, mean, rstd, w, b, offset)
+          : p.kind == Norm::kLayer ? normalize<Norm::kLayer>(h, mean, rstd, w, b, offset)
+                                   : normalize<Norm::kRmsOnce>(h, mean, rstd, w, b, offset));
   };
   for (int i = first; i < hidden; i += step) {
     const V h = load<V>(row_data + i);
@@ -230,13 +238,14 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-template <typename T, bool kRms, int kVecs, int kThreads = 0, int kHidden = 0>
+template <typename T, Norm kNorm, int kVecs, int kThreads = 0, int kHidden = 0>
 void launch_row(const AddNormForward& p, RowShape shape, void* stream) {
   const int outputs = 1 + (p.residual != nullptr) + (p.normed2 != nullptr);
   const int64_t written = outputs * p.num_tokens * p.hidden_size * int64_t{sizeof(T)};
-  launch(kOp, add_norm_kernel<T, kRms, kVecs, kThreads, kHidden>,
+  launch(kOp, add_norm_kernel<T, kNorm, kVecs, kThreads, kHidden>,
          {ceil_div(p.num_tokens, shape.rows)}, dim3(shape.threads, shape.rows), 0, stream, p,
-         static_cast<float>(p.eps), 1.f / static_cast<float>(p.hidden_size), written >= kPastL2);
+         static_cast<float>(p.eps), 1.f / static_cast<float>(p.hidden_size), written >= kPastL2,
+         weight_offset(p.kind));
 }
 
 template <typename T, int kWidth>
@@ -244,39 +253,39 @@ void launch_long(const AddNormForward& p, void* stream) {
   const int threads =
       static_cast<int>(std::min<int64_t>(1024, round_up(ceil_div(p.hidden_size, kWidth), 32)));
   launch(kOp, add_norm_long_kernel<T, kWidth>, {p.num_tokens}, threads, 0, stream, p,
-         static_cast<float>(p.eps), 1.f / static_cast<float>(p.hidden_size));
+         static_cast<float>(p.eps), 1.f / static_cast<float>(p.hidden_size), weight_offset(p.kind));
 }
 
 template <int... kSizes>
 struct HiddenSizes {};
 
-template <typename T, bool kRms, int kHidden>
+template <typename T, Norm kNorm, int kHidden>
 bool launch_if_hidden(const AddNormForward& p, void* stream) {
   constexpr int kVectors = kHidden / Vec16<T>::kSize;
   if constexpr (sizeof(T) == 2 && kHidden % Vec16<T>::kSize == 0 && kVectors <= kMaxVectors) {
     if (p.hidden_size != kHidden) return false;
     constexpr RowShape kFew = row_shape(kVectors, true), kMany = row_shape(kVectors, false);
     if (p.num_tokens <= kFewTokens) {
-      launch_row<T, kRms, kFew.vecs, kFew.threads, kHidden>(p, kFew, stream);
+      launch_row<T, kNorm, kFew.vecs, kFew.threads, kHidden>(p, kFew, stream);
     } else {
-      launch_row<T, kRms, kMany.vecs, kMany.threads, kHidden>(p, kMany, stream);
+      launch_row<T, kNorm, kMany.vecs, kMany.threads, kHidden>(p, kMany, stream);
     }
     return true;
   }
   return false;
 }
 
-template <typename T, bool kRms, int... kSizes>
+template <typename T, Norm kNorm, int... kSizes>
 void launch_vectors(const AddNormForward& p, void* stream, HiddenSizes<kSizes...>) {
-  if ((launch_if_hidden<T, kRms, kSizes>(p, stream) || ...)) return;
+  if ((launch_if_hidden<T, kNorm, kSizes>(p, stream) || ...)) return;
   const RowShape shape =
       row_shape(static_cast<int>(p.hidden_size / Vec16<T>::kSize), p.num_tokens <= kFewTokens);
   if (shape.vecs == 1) {
-    launch_row<T, kRms, 1>(p, shape, stream);
+    launch_row<T, kNorm, 1>(p, shape, stream);
   } else if (shape.vecs == 2) {
-    launch_row<T, kRms, 2>(p, shape, stream);
+    launch_row<T, kNorm, 2>(p, shape, stream);
   } else {
-    launch_row<T, kRms, 4>(p, shape, stream);
+    launch_row<T, kNorm, 4>(p, shape, stream);
   }
 }
 
@@ -302,10 +311,12 @@ void add_norm_forward(const AddNormForward& p, void* stream) {
       launch_long<T, 1>(p, stream);
     } else if (p.hidden_size / kWidth > kMaxVectors) {
       launch_long<T, kWidth>(p, stream);
-    } else if (p.rms) {
-      launch_vectors<T, true>(p, stream, HiddenSizes<HF_FUSE_HIDDEN_SIZES>());
+    } else if (p.kind == Norm::kRms) {
+      launch_vectors<T, Norm::kRms>(p, stream, HiddenSizes<HF_FUSE_HIDDEN_SIZES>());
+    } else if (p.kind == Norm::kLayer) {
+      launch_vectors<T, Norm::kLayer>(p, stream, HiddenSizes<HF_FUSE_HIDDEN_SIZES>());
     } else {
-      launch_vectors<T, false>(p, stream, HiddenSizes<HF_FUSE_HIDDEN_SIZES>());
+      launch_vectors<T, Norm::kRmsOnce>(p, stream, HiddenSizes<>());
     }
   });
 }

@@ -37,7 +37,9 @@ struct Plan {
 Plan make_plan(const AddNormBackward& p) {
   const int64_t vectors = ceil_div(p.hidden_size, p.dtype == DType::kFloat32 ? 4 : 8);
   const int64_t num_sms = device_info(kOp).num_sms;
-  const bool supported = num_norms(p) == 1 || !p.rms;  // no model has two RMSNorms of one row
+  // No model has two RMSNorms of one row, and an offset costs the others' registers nothing.
+  const bool supported =
+      p.kind == Norm::kLayer || (num_norms(p) == 1 && weight_offset(p.kind) == 0.f);
   if (vectors <= 128) {  // a warp a row: no barrier in the loop, and 4 rows share a partial sum
     return {supported, kWarpSize, 4, 4, std::min(ceil_div(p.num_tokens, 4), 3 * num_sms)};
   }
@@ -86,17 +88,18 @@ struct RowTerms {
   Floats<V::kSize> xhat, g;
 
   // dy2 and weight2 only with two norms.
-  template <int kNorms>
+  template <int kNorms, bool kOffset = false>
   __device__ static RowTerms make(const V& row, float mean, float rstd, const V& dy1,
-                                  const V& weight1, const V& dy2, const V& weight2) {
+                                  const V& weight1, const V& dy2, const V& weight2,
+                                  float offset = 0.f) {
     RowTerms t;
     const auto x = row.floats(), d1 = dy1.floats(), w1 = weight1.floats();
     const auto d2 = dy2.floats(), w2 = weight2.floats();
 #pragma unroll
     for (int i = 0; i < V::kSize; ++i) {
       t.xhat[i] = (x[i] - mean) * rstd;
-      t.g[i] = d1[i] * w1[i];
-      if (kNorms == 2) t.g[i] += d2[i] * w2[i];
+      t.g[i] = d1[i] * (kOffset ? w1[i] + offset : w1[i]);
+      if (kNorms == 2) t.g[i] += d2[i] * (kOffset ? w2[i] + offset : w2[i]);
     }
     return t;
   }
@@ -323,17 +326,18 @@ __global__ void __launch_bounds__(max_threads(kNorms, kVecs), 1)
 // the block's partial sums live in the workspace, which stays in L2.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(512)
-    add_norm_backward_long_kernel(const AddNormBackward p, const int norms,
-                                  const float inv_hidden) {
+    add_norm_backward_long_kernel(const AddNormBackward p, const int norms, const float inv_hidden,
+                                  const float offset) {
   using V = Vec<T, kWidth>;
   __shared__ alignas(16) float shared[2][2][kMaxWarps];
   pdl_trigger_and_wait();
   const int hidden = static_cast<int>(p.hidden_size);
+  const bool rms = p.kind != Norm::kLayer;
   const Partials partials(p);
   int buffer = 0;
   for (int64_t row = blockIdx.x; row < p.num_tokens; row += gridDim.x) {
     const float rstd = static_cast<const float*>(p.rstd)[row];
-    const float mean = p.rms ? 0.f : static_cast<const float*>(p.mean)[row];
+    const float mean = rms ? 0.f : static_cast<const float*>(p.mean)[row];
     const auto read = [&](const void* base, int64_t offset) {
       V v = {};
       if (base) v = load<V>(static_cast<const T*>(base) + offset);
@@ -347,8 +351,9 @@ __global__ void __launch_bounds__(512)
         *dy2 = read(p.grad_normed2, row * p.grad_normed2_stride + i);
         weight2 = read(p.weight2, i);
       }
-      return RowTerms<V>::template make<2>(read(p.residual, row * p.residual_stride + i), mean,
-                                           rstd, *dy1, read(p.weight1, i), *dy2, weight2);
+      return RowTerms<V>::template make<2, true>(read(p.residual, row * p.residual_stride + i),
+                                                 mean, rstd, *dy1, read(p.weight1, i), *dy2,
+                                                 weight2, offset);
     };
     const auto add_partial = [&](float* partial, int i, const Floats<kWidth>& values) {
       constexpr int kPart = kWidth < 4 ? kWidth : 4;
@@ -384,7 +389,7 @@ __global__ void __launch_bounds__(512)
       V dy[2];
       const auto t = terms(i, &dy[0], &dy[1]);
       store(static_cast<T*>(p.grad_input) + row * hidden + i,
-            t.grad_input(rstd, p.rms ? 0.f : sums[0] * inv_hidden, sums[1] * inv_hidden,
+            t.grad_input(rstd, rms ? 0.f : sums[0] * inv_hidden, sums[1] * inv_hidden,
                          read(p.grad_residual, row * p.grad_residual_stride + i)));
     }
   }
@@ -446,7 +451,7 @@ bool launch_in_registers(const AddNormBackward& p, const Plan& plan, void* strea
     return wide ? launch_row<T, false, 2, 4>(p, plan, stream)
                 : launch_row<T, false, 2, 2>(p, plan, stream);
   }
-  if (p.rms) {
+  if (is_rms(p.kind)) {
     return wide ? launch_row<T, true, 1, 4>(p, plan, stream)
                 : launch_row<T, true, 1, 1>(p, plan, stream);
   }
@@ -459,7 +464,7 @@ void launch_long(const AddNormBackward& p, const Plan& plan, void* stream) {
   const int threads =
       static_cast<int>(std::min<int64_t>(512, round_up(ceil_div(p.hidden_size, kWidth), 32)));
   launch(kOp, add_norm_backward_long_kernel<T, kWidth>, {plan.blocks}, threads, 0, stream, p,
-         num_norms(p), 1.f / static_cast<float>(p.hidden_size));
+         num_norms(p), 1.f / static_cast<float>(p.hidden_size), weight_offset(p.kind));
 }
 
 }  // namespace

@@ -243,15 +243,16 @@ __global__ void __maxnreg__(kRegisters)
   const int64_t length = load_before_wait(p.length),
                 start = load_before_wait(p.start + task.sequence);
   if (length >= p.capacity) __trap();
-  const int num_slots = static_cast<int>(length - start);
+  const int64_t first_of_all = first_slot(p, length, start);
+  const int num_slots = static_cast<int>(length - first_of_all);
   const int num_tiles = (num_slots + Tile<L>::kSlots - 1) / Tile<L>::kSlots;
   if (task.blocks > 1) begin_cluster(&shared.barrier, cluster_bytes<L>(task.blocks));
 
   const int head_dim = split.head_dim;
-  T* keys =
-      cache_of<T>(p.key_cache, p.key_batch_stride, p.key_head_stride, task) + start * head_dim;
+  T* keys = cache_of<T>(p.key_cache, p.key_batch_stride, p.key_head_stride, task) +
+            first_of_all * head_dim;
   T* values = cache_of<T>(p.value_cache, p.value_batch_stride, p.value_head_stride, task) +
-              start * head_dim;
+              first_of_all * head_dim;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
   const int step = kWarps * task.blocks, first = warp * task.blocks + task.rank;
   Tile<L> tile;
@@ -299,7 +300,7 @@ void launch_group(const DecodeAttention& p, void* stream) {
 template <typename T>
 bool decode_attention_long(const DecodeAttention& p, void* stream) {
   if constexpr (sizeof(T) == 2) {
-    if (p.capacity <= kLongCache || p.num_heads == p.num_kv_heads) return false;
+    if (most_slots(p) <= kLongCache || p.num_heads == p.num_kv_heads) return false;
     if (p.head_dim <= 64) return launch_group<T, 8>(p, stream), true;
     if (p.head_dim <= 128) return launch_group<T, 16>(p, stream), true;
   }

@@ -1,4 +1,4 @@
-// residual[b] = table[token[b]] (+ positions[length - start[b]]), in fp32.
+// residual[b] = scale * table[token[b]] (+ positions[length - start[b]]), in fp32.
 //
 // Bytes: a row of each table read and one written in fp32, for every sequence: nothing but latency.
 #include "../include/decode.cuh"
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) decode_embed_kernel(const DecodeEmbe
   }
   auto x = row.floats();
 #pragma unroll
-  for (int i = 0; i < V::kSize; ++i) x[i] += positions.floats()[i];
+  for (int i = 0; i < V::kSize; ++i) x[i] = x[i] * p.scale + positions.floats()[i];
   store(p.residual + b * p.size + column, Vec<float, V::kSize>::from(x));
 }
 

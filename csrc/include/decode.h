@@ -47,9 +47,10 @@ void decode_linear_two(const DecodeLinear& a, const DecodeLinear& b, void* strea
 
 // One query for each sequence b over its cache, the new key and value included, which are rotated
 // (the key), rounded to the dtype and written to slot `length`. Slots start[b] to `length` are
-// attended to; the position, for rotation, is length - start[b]. Rotation: half-split over the
-// first rotary_dim elements of a head by the angles position * inv_freq[i], cos and sin times
-// rope_scale. Softmax and sums in fp32, in a fixed order.
+// attended to, of them the last `window`; the position, for rotation, is length - start[b].
+// Rotation: half-split over the first rotary_dim elements of a head by the angles
+// position * inv_freq[i], cos and sin times rope_scale. softcap: scores become softcap *
+// tanh(score / softcap). Softmax and sums in fp32, in a fixed order.
 struct DecodeAttention {
   DType dtype;
   int64_t batch, num_heads, num_kv_heads, head_dim, capacity, rotary_dim;
@@ -57,8 +58,10 @@ struct DecodeAttention {
   int64_t qkv_stride;
   int64_t k_offset, v_offset;  // of the first head, in elements, q's is at 0
   int64_t q_head_stride, kv_head_stride;
+  int64_t window;                 // 0: all slots
   const float* inv_freq;          // [rotary_dim / 2]; null without rotation
   float rope_scale, scaling;      // scaling multiplies q k
+  float softcap;                  // 0: none
   void *key_cache, *value_cache;  // [batch, num_kv_heads, capacity, head_dim], strides:
   int64_t key_batch_stride, key_head_stride, value_batch_stride, value_head_stride;
   const int64_t *length, *start;  // [1], [batch], on the device
@@ -97,13 +100,40 @@ int64_t decode_layers_workspace_size(int64_t size);
 bool decode_layers_suits(const DecodeLayers& p);  // by dtype, sizes and the current GPU
 void decode_layers(const DecodeLayers& p, void* stream);
 
-// residual[b] = table[token[b]] (+ positions[length - start[b]]), in fp32.
+// residual[b] += delta[b], or its RMSNorm; out[b] = the RMSNorm of residual[b], or residual[b]
+// itself, rounded to the dtype. Nothing else is rounded. A norm: x * rsqrt(mean(x^2) + eps) *
+// (offset + weight).
+struct DecodeAddNorm {
+  DType dtype;
+  int64_t batch, size;
+  const float* delta;                 // [batch, size], or null: nothing is added
+  const void *delta_weight, *weight;  // [size], the dtype; null without that norm
+  float eps, offset;
+  float* residual;  // [batch, size]
+  void* out;        // [batch, size], the dtype
+};
+constexpr int64_t kMaxNormSize = 16384;  // of the rows of this norm and the next
+void decode_add_norm(const DecodeAddNorm& p, void* stream);
+
+// RMSNorms in place, as above, of each row of q_size elements among the first q_width of qkv[b],
+// and of each row of k_size among the k_width that follow.
+struct DecodeHeadNorm {
+  DType dtype;
+  int64_t batch, stride, q_width, k_width, q_size, k_size;
+  const void *q_weight, *k_weight;  // [q_size], [k_size]
+  float eps, offset;
+  float* qkv;  // [batch, stride]
+};
+void decode_head_norm(const DecodeHeadNorm& p, void* stream);
+
+// residual[b] = scale * table[token[b]] (+ positions[length - start[b]]), in fp32.
 struct DecodeEmbed {
   DType dtype;
   int64_t batch, size, vocab, num_positions;
   const int64_t* token;           // [batch]
   const void *table, *positions;  // [vocab, size]; [num_positions, size] or null
   const int64_t *length, *start;
+  float scale;
   float* residual;  // [batch, size]
 };
 void decode_embed(const DecodeEmbed& p, void* stream);

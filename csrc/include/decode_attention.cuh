@@ -24,12 +24,13 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // kLanes_ lanes read a cache row with 16-byte loads, so a warp reads kSlotGroups rows at once, and
 // kSlots times for a tile.
-template <typename T, int kLanes_, int kGroup_>
+template <typename T, int kLanes_, int kGroup_, bool kCapped_ = false>
 struct Layout {
   using Element = T;
   using Vector = Vec16<T>;
   static constexpr int kLanes = kLanes_, kSlotGroups = kWarpSize / kLanes;
   static constexpr int kGroup = kGroup_;                // query heads
+  static constexpr bool kCapped = kCapped_;             // scores, softly
   static constexpr int kBuffers = kGroup == 1 ? 4 : 2;  // tiles a warp has in flight
   static constexpr int kVecs = kElements / Vector::kSize;
   using Row = Vector[kVecs];  // a lane's part of it
@@ -61,6 +62,15 @@ struct Shared {
 struct Split {
   int cluster, rounds, group, head_dim;
 };
+
+// The first slot that is attended to.
+__device__ inline int64_t first_slot(const DecodeAttention& p, int64_t length, int64_t start) {
+  return p.window ? max(start, length + 1 - p.window) : start;
+}
+// How many there can be.
+inline int64_t most_slots(const DecodeAttention& p) {
+  return p.window ? std::min(p.window, p.capacity) : p.capacity;
+}
 
 // What some blocks of a cluster do: how many, the first one's rank and this one's among them.
 struct Task {
@@ -234,7 +244,7 @@ void launch_attention(Kernel kernel, const DecodeAttention& p, int warps, int sl
   const int most = max_cluster(device);
   int cluster = 1;
   while (2 * cluster <= most && cluster * clusters <= device.num_sms &&
-         cluster * slots < p.capacity) {
+         cluster * slots < most_slots(p)) {
     cluster *= 2;
   }
   const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
@@ -248,5 +258,9 @@ void launch_attention(Kernel kernel, const DecodeAttention& p, int warps, int sl
 // decode_attention_long.cu: where it takes the call, true.
 template <typename T>
 bool decode_attention_long(const DecodeAttention& p, void* stream);
+
+// decode_attention_capped.cu: with a softcap.
+template <typename T>
+void decode_attention_capped(const DecodeAttention& p, void* stream);
 
 }  // namespace hf_fuse

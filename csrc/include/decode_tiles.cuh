@@ -12,6 +12,7 @@ template <typename L>
 struct Attention {
   float query[L::kGroup][kElements];
   float max[L::kGroup], sum[L::kGroup], out[L::kGroup][kElements];
+  float cap;  // of the scores, base 2, where they have one
 };
 
 // A lane's part of a tile. Past the last slot and past a row's end it is that slot and that end
@@ -62,6 +63,7 @@ __device__ void multiply(float (&scores)[kSlots][L::kGroup], const Attention<L>&
       for (int offset = L::kLanes / 2; offset > 0; offset /= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       }
+      if constexpr (L::kCapped) sum = a.cap * tanhf(sum / a.cap);
       scores[u][g] = slot + u * L::kSlotGroups < num_slots ? sum : -INFINITY;
     }
   }
@@ -99,7 +101,8 @@ __device__ void attend(Attention<L>& a, float (&scores)[kSlots][L::kGroup],
 
 // Nothing attended to yet; the scale of the scores is in the queries.
 template <typename L>
-__device__ void begin(Attention<L>& a, const Shared<L>& shared, float scale) {
+__device__ void begin(Attention<L>& a, const Shared<L>& shared, float scale, float cap = 0.f) {
+  a.cap = cap;
 #pragma unroll
   for (int g = 0; g < L::kGroup; ++g) {
     a.max[g] = kLowest;

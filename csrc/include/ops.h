@@ -12,13 +12,21 @@ namespace hf_fuse {
 
 enum class DType { kFloat32, kFloat16, kBFloat16, kFloat64 };  // float64: CPU only, for gradcheck
 
+// The order is ops/add_norm.py's. With rstd = rsqrt(mean(x^2) + eps), or of var(x) for kLayer:
+enum class Norm {
+  kRms,        // weight * round(x * rstd), as in LLaMA
+  kLayer,      // round((x - mean) * rstd * weight + bias)
+  kRmsOnce,    // round(weight * x * rstd), as in OLMo 2
+  kRmsOffset,  // round((1 + weight) * x * rstd), as in Gemma
+};
+constexpr bool is_rms(Norm kind) { return kind != Norm::kLayer; }
+constexpr float weight_offset(Norm kind) { return kind == Norm::kRmsOffset ? 1.f : 0.f; }
+
 // residual = (delta1 + delta2) + x, or delta1 + x, or x; every sum rounded to the dtype, as eager
-// torch does. rms:   normed_i = weight_i * round(residual * rstd),                     rstd =
-// rsqrt(mean(residual^2) + eps) layer: normed_i = round((residual - mean) * rstd * weight_i +
-// bias_i),   rstd = rsqrt(var(residual) + eps)
+// torch does; then one or two norms of it.
 struct AddNormForward {
   DType dtype;
-  bool rms;
+  Norm kind;
   int64_t num_tokens, hidden_size;
   double eps;
   const void *x, *delta1, *delta2;  // [num_tokens, hidden_size]; delta2 only with delta1
@@ -34,7 +42,7 @@ void add_norm_forward(const AddNormForward& p, void* stream);
 // alike. Weight and bias gradients are summed over the tokens in fp32 and in a fixed order.
 struct AddNormBackward {
   DType dtype;
-  bool rms;
+  Norm kind;
   int64_t num_tokens, hidden_size;
   const void *grad_residual, *grad_normed1,
       *grad_normed2;  // [num_tokens, hidden_size] or null, rows strided

@@ -23,7 +23,7 @@ from hf_fuse import ops
 from hf_fuse.decode.prefill import prefill
 from hf_fuse.decode.projection import project, project_two
 from hf_fuse.decode.sampling import Sampler, Selection
-from hf_fuse.decode.spec import DecoderSpec, LayerSpec
+from hf_fuse.decode.spec import DecoderSpec, LayerSpec, Norm
 from hf_fuse.decode.stack import Stack
 from hf_fuse.ops.decode_select import workspace
 
@@ -50,6 +50,7 @@ class DecodeEngine:
 
     def __init__(self, spec: DecoderSpec, batch: int, capacity: int, backend: str = "auto"):
         self.spec, self.batch, self.backend = spec, batch, backend
+        self._step_spec = spec.for_step()
         self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
         self.fingerprint = spec.fingerprint()
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
@@ -79,6 +80,8 @@ class DecodeEngine:
 
         hidden, heads = spec.embedding.shape[1], spec.num_heads
         self._residual = self._empty(batch, hidden)
+        self._row = self._empty(batch, hidden, dtype=self.dtype)  # what a projection reads, and
+        self._delta = self._empty(batch, hidden)  # what one adds, in a chained step
         self._qkv = self._empty(batch, (heads + 2 * spec.num_kv_heads) * spec.head_dim)
         self._attended = self._empty(batch, heads, spec.head_dim, dtype=self.dtype)
         self._middles = {
@@ -172,17 +175,26 @@ class DecodeEngine:
         self._residual.copy_(
             prefill(spec, input_ids, start, self.length, self.keys, self.values, self.backend)
         )
-        project(self.logits, self._residual, spec.head, norm=spec.final_norm, backend=self.backend)
+        self._residual.div_(spec.residual_scale)
+        if spec.chained:
+            self._add_norm(None, spec.final_norm).run()
+        for kernel in self._head():
+            kernel.run()
 
     def fill(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor, start: Tensor
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        length: int,
+        logits: Tensor,
+        start: Tensor,
     ) -> None:
-        """Take a prompt that ran elsewhere: each layer's keys and values [batch, kv_heads, length,
-        head_dim] and the last token's logits [batch, vocab].
+        """Take a prompt of `length` tokens that ran elsewhere: each layer's keys and values [batch,
+        kv_heads, length, head_dim], or the last ones of them, and the last token's logits [batch,
+        vocab].
         """
-        length = keys[0].shape[2]
         for own, given in zip((*self.keys, *self.values), (*keys, *values), strict=True):
-            own[:, :, :length].copy_(given)
+            own[:, :, length - given.shape[2] : length].copy_(given)
         self.logits.copy_(logits)
         self.begin_at(length, start)
 
@@ -237,7 +249,7 @@ class DecodeEngine:
 
     def _kernels(self) -> Iterator[Kernel]:
         """The step, but for the selection."""
-        spec, residual = self.spec, self._residual
+        spec, residual = self._step_spec, self._residual
         options: dict[str, Any] = {"backend": self.backend}
         stack = Stack.of(spec, self.keys, self.values, self.backend) if self.batch == 1 else None
         if stack:
@@ -246,27 +258,41 @@ class DecodeEngine:
         else:
             embed = partial(
                 ops.decode_embed, residual, self.token, spec.embedding, spec.positions, self.length,
-                self.start, **options,
+                self.start, scale=spec.embedding_scale, **options,
             )  # fmt: skip
             yield Kernel("embed", embed)
-            for layer, keys, values in zip(spec.layers, self.keys, self.values, strict=True):
-                yield from self._layer(layer, keys, values)
-        head = partial(project, self.logits, residual, spec.head, norm=spec.final_norm, **options)
+            for index, (layer, keys, values) in enumerate(
+                zip(spec.layers, self.keys, self.values, strict=True)
+            ):
+                if spec.chained:
+                    yield from self._chained_layer(index, layer, keys, values)
+                else:
+                    yield from self._layer(layer, keys, values)
+        yield from self._head()
+
+    def _head(self) -> Iterator[Kernel]:
+        """The logits of the residual stream, or in a chained step of its row."""
+        spec, logits = self._step_spec, self.logits
+        options: dict[str, Any] = {"backend": self.backend}
+        if spec.chained:
+            head = partial(project, logits, self._row, spec.head, **options)
+        else:
+            head = partial(
+                project, logits, self._residual, spec.head, norm=spec.final_norm, **options
+            )
         yield Kernel("norm, head", head, spec.head.weights)
+        if spec.logits_scale != 1 or spec.logits_softcap:
+            scale = partial(_scale_, logits, spec.logits_scale, spec.logits_softcap)
+            yield Kernel("scale and cap of the logits", scale)
 
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> Iterator[Kernel]:
-        spec, residual = self.spec, self._residual
+        residual = self._residual
         options: dict[str, Any] = {"backend": self.backend}
         middle = self._middles[_middle_rows(layer)]
-        mlp_in = Kernel(
-            "norm, MLP in, activation",
-            partial(
-                project, middle, residual, layer.mlp_in, norm=layer.mlp_norm,
-                epilogue="gated" if layer.gated else "act", act=layer.act, **options,
-            ),
-            layer.mlp_in.weights,
-        )  # fmt: skip
+        mlp_in = self._mlp_in(layer, residual, layer.mlp_norm)
         if layer.one_kernel:
+            assert layer.attention_norm is not None
+            assert layer.mlp_norm is not None
             both = partial(
                 project_two, (self._qkv, middle), residual, (layer.qkv, layer.mlp_in),
                 (layer.attention_norm, layer.mlp_norm), act=layer.act, **options,
@@ -278,12 +304,7 @@ class DecodeEngine:
                 project, self._qkv, residual, layer.qkv, norm=layer.attention_norm, **options
             )
             yield Kernel("norm, QKV", qkv, layer.qkv.weights)
-        attention = partial(
-            ops.decode_attention, self._attended, self._qkv, keys, values, self.length, self.start,
-            scaling=layer.scaling, inv_freq=spec.inv_freq, rope_scale=spec.rope_scale,
-            interleaved=spec.interleaved, **options,
-        )  # fmt: skip
-        yield Kernel("rotary, cache, attention", attention)
+        yield from self._attention(layer, keys, values)
         if layer.parallel and not layer.one_kernel:  # before attention is added to what it reads
             yield mlp_in
         attended, out = self._attended.view(self.batch, -1), layer.attention_out
@@ -299,6 +320,71 @@ class DecodeEngine:
             partial(project, residual, middle, layer.mlp_out, epilogue="add", **options),
             layer.mlp_out.weights,
         )
+
+    def _chained_layer(
+        self, index: int, layer: LayerSpec, keys: Tensor, values: Tensor
+    ) -> Iterator[Kernel]:
+        """With a kernel of its own for every add and the norms around it."""
+        layers, row, delta = self._step_spec.layers, self._row, self._delta
+        options: dict[str, Any] = {"backend": self.backend}
+        last = index + 1 == len(layers)
+        following = self._step_spec.final_norm if last else layers[index + 1].attention_norm
+        if index == 0:
+            yield self._add_norm(None, layer.attention_norm)
+        qkv, out, mlp_out = layer.qkv, layer.attention_out, layer.mlp_out
+        yield Kernel("QKV", partial(project, self._qkv, row, qkv, **options), qkv.weights)
+        yield from self._attention(layer, keys, values)
+        attended, middle = self._attended.view(self.batch, -1), self._middles[_middle_rows(layer)]
+        yield Kernel(
+            "attention out", partial(project, delta, attended, out, **options), out.weights
+        )
+        yield self._add_norm(layer.attention_post_norm, layer.mlp_norm, delta)
+        yield self._mlp_in(layer, row, None)
+        yield Kernel(
+            "MLP out", partial(project, delta, middle, mlp_out, **options), mlp_out.weights
+        )
+        yield self._add_norm(layer.mlp_post_norm, following, delta)
+
+    def _add_norm(
+        self, post: Norm | None, norm: Norm | None, delta: Tensor | None = None
+    ) -> Kernel:
+        """`delta`, under `post`, to the residual stream, and the row that `norm` makes of that."""
+        known = post or norm
+        eps, offset = (known.eps, known.offset) if known else (0.0, 0.0)
+        run = partial(
+            ops.decode_add_norm, self._row, self._residual, delta,
+            delta_weight=post.weight if post else None, weight=norm.weight if norm else None,
+            eps=eps, offset=offset, backend=self.backend,
+        )  # fmt: skip
+        return Kernel("norm, add, norm", run)
+
+    def _mlp_in(self, layer: LayerSpec, x: Tensor, norm: Norm | None) -> Kernel:
+        return Kernel(
+            "norm, MLP in, activation",
+            partial(
+                project, self._middles[_middle_rows(layer)], x, layer.mlp_in, norm=norm,
+                epilogue="gated" if layer.gated else "act", act=layer.act, backend=self.backend,
+            ),
+            layer.mlp_in.weights,
+        )  # fmt: skip
+
+    def _attention(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> Iterator[Kernel]:
+        """From q, k and v to what the heads have attended to."""
+        spec, rotation = self._step_spec, layer.rotation
+        if layer.q_norm is not None and layer.k_norm is not None:
+            normalise = partial(
+                ops.decode_head_norm, self._qkv, layer.q_norm.weight, layer.k_norm.weight,
+                q_width=spec.num_heads * spec.head_dim, k_width=spec.num_kv_heads * spec.head_dim,
+                eps=layer.q_norm.eps, offset=layer.q_norm.offset, backend=self.backend,
+            )  # fmt: skip
+            yield Kernel("norms of q and k", normalise)
+        attention = partial(
+            ops.decode_attention, self._attended, self._qkv, keys, values, self.length, self.start,
+            scaling=layer.scaling, inv_freq=rotation.inv_freq if rotation else None,
+            rope_scale=rotation.scale if rotation else 1.0, interleaved=spec.interleaved,
+            window=layer.window, softcap=layer.softcap, backend=self.backend,
+        )  # fmt: skip
+        yield Kernel("rotary, cache, attention", attention)
 
     def _capture_step(self, select: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph. It runs once uncaptured, on the first slot, to build what is built
@@ -338,3 +424,11 @@ def out_of_memory(error: RuntimeError) -> bool:
 def _middle_rows(layer: LayerSpec) -> int:
     rows = [len(w) for w in layer.mlp_in.weights]
     return rows[0] if layer.gated else sum(rows)
+
+
+def _scale_(logits: Tensor, scale: float, cap: float) -> None:
+    """logits / scale, softly capped; in torch, a launch or three at the end of a step."""
+    if scale != 1:
+        logits.div_(scale)
+    if cap:
+        logits.div_(cap).tanh_().mul_(cap)

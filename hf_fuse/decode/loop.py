@@ -24,8 +24,10 @@ from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import (
@@ -49,7 +51,10 @@ KNOWN_KWARGS = {
     "use_cache",
     "logits_to_keep",
 }
-PLAIN_CACHES = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}
+PLAIN_CACHES = {
+    DynamicCache: (DynamicLayer, DynamicSlidingWindowLayer),
+    StaticCache: (StaticLayer, StaticSlidingWindowLayer),
+}
 _KEPT = "_hf_fuse_decode"  # the key in a model's __dict__
 
 
@@ -264,7 +269,7 @@ class Call:
         length = int(cache.get_seq_length())
         keys = [layer.keys[:, :, :length] for layer in cache.layers]
         values = [layer.values[:, :, :length] for layer in cache.layers]
-        engine.fill(keys, values, outputs.logits[:, -1], self.start)
+        engine.fill(keys, values, length, outputs.logits[:, -1], self.start)
         return length
 
     def _rows(self, engine: DecodeEngine, kept: Logits) -> Iterator[Tensor]:
@@ -374,13 +379,14 @@ class _Behind:
 def _check_cache(cache: Any, max_length: int | None) -> None:
     if cache is None:
         raise Unsuited("no cache")
-    kind = PLAIN_CACHES.get(type(cache))
-    if kind is None or any(type(layer) is not kind for layer in cache.layers):
+    kinds = PLAIN_CACHES.get(type(cache))
+    if kinds is None or any(type(layer) not in kinds for layer in cache.layers):
         layers = {type(layer).__name__ for layer in cache.layers}
         raise Unsuited(f"the cache is a {type(cache).__name__} of {', '.join(sorted(layers))}")
     if getattr(cache, "offloading", False):
         raise Unsuited("an offloaded cache")
-    if kind is StaticLayer and max_length and cache.get_max_length() < max_length - 1:
+    static = [layer for layer in cache.layers if type(layer) is StaticLayer]
+    if max_length and any(layer.get_max_length() < max_length - 1 for layer in static):
         raise Unsuited("the static cache is too short")
 
 

@@ -7,7 +7,7 @@ and `generate` stays with transformers' loop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,7 +36,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm; `kind` is "rms" or "layer"."""
+    """A norm; `kind` is one of `ops.add_norm`'s."""
 
     weight: Tensor
     bias: Tensor | None
@@ -45,7 +45,24 @@ class Norm:
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor | None, float, str]:
-        return self.weight, self.bias, self.eps, self.kind
+        """As `ops.decode_linear` takes it, which rounds nothing."""
+        return self.weight, self.bias, self.eps, "rms" if self.kind == "rms_once" else self.kind
+
+    @property
+    def offset(self) -> float:
+        """What the weight counts from."""
+        return 1.0 if self.kind == "rms_offset" else 0.0
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary positions: the frequencies, float32, for the first 2 * len(inv_freq) elements of a
+    head; cos and sin are multiplied by `scale`. wide: the layers of transformers rotate in float32.
+    """
+
+    inv_freq: Tensor
+    scale: float = 1.0
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,23 +70,53 @@ class LayerSpec:
     """One decoder layer. gated: `mlp_in` holds gate and up, and the middle is act(gate) * up.
 
     parallel: attention and MLP both read the layer's input, and both are added to it; otherwise the
-    MLP reads what attention was added to.
+    MLP reads what attention was added to. A post-norm is of what a projection adds. q_norm and
+    k_norm: of a head, or of all heads, before the rotation. window: how many tokens, the new one
+    included, attention reaches, and softcap: its scores are softcap * tanh(score / softcap); 0 for
+    none.
     """
 
-    attention_norm: Norm
+    attention_norm: Norm | None
     qkv: Projection
     scaling: float
     attention_out: Projection
-    mlp_norm: Norm
+    mlp_norm: Norm | None
     mlp_in: Projection
     gated: bool
     act: str
     mlp_out: Projection
     parallel: bool = False
+    rotation: Rotation | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    attention_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+    window: int = 0
+    softcap: float = 0.0
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All there are."""
+        norms = (
+            self.attention_norm, self.q_norm, self.k_norm, self.attention_post_norm, self.mlp_norm,
+            self.mlp_post_norm,
+        )  # fmt: skip
+        return tuple(norm for norm in norms if norm is not None)
+
+    @property
+    def chained(self) -> bool:
+        """Whether its norms are what `ops.decode_linear` cannot take in: a step then has
+        `ops.decode_add_norm` between the projections.
+        """
+        opening = (self.attention_norm, self.mlp_norm)
+        posts = (self.attention_post_norm, self.mlp_post_norm)
+        return any(n is None or n.kind == "rms_offset" for n in opening) or posts != (None, None)
 
     @property
     def one_kernel(self) -> bool:
         """Whether one kernel can read the layer's input for both attention and MLP."""
+        if self.attention_norm is None or self.mlp_norm is None:
+            return False
         alike = self.attention_norm.arguments[2:] == self.mlp_norm.arguments[2:]
         single = len(self.qkv.weights) == len(self.mlp_in.weights) == 1
         return self.parallel and alike and single and not self.gated
@@ -79,8 +126,9 @@ class LayerSpec:
 class DecoderSpec:
     """A decoder. interleaved: q, k and v head by head (GPT-NeoX), else all of q, of k, of v.
 
-    inv_freq: the rotation's frequencies, float32, for the first 2 * len(inv_freq) elements of a
-    head; positions: a table of learned positions. A model has one of the two.
+    positions: a table of learned positions. The embedding is multiplied by embedding_scale, what
+    attention and MLP add to the residual stream by residual_scale, the logits are divided by
+    logits_scale and softly capped at logits_softcap (0: not).
     """
 
     embedding: Tensor  # [vocab, hidden_size]
@@ -91,16 +139,59 @@ class DecoderSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    inv_freq: Tensor | None = None
-    rope_scale: float = 1.0
     interleaved: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    logits_softcap: float = 0.0
+
+    @property
+    def chained(self) -> bool:
+        """`LayerSpec.chained` of any layer."""
+        return any(layer.chained for layer in self.layers)
+
+    def for_step(self) -> DecoderSpec:
+        """The same decoder over residual / residual_scale, to which projections add as they are: an
+        RMSNorm with eps / residual_scale² reads the same from it.
+        """
+        square = self.residual_scale**2
+        if square == 1:
+            return self
+        if not square or any(n.kind == "layer" for layer in self.layers for n in layer.norms):
+            raise Unsuited(f"a residual multiplier of {self.residual_scale} and these norms")
+
+        def scaled(norm: Norm | None) -> Norm | None:
+            return norm and replace(norm, eps=norm.eps / square)
+
+        def of(layer: LayerSpec) -> LayerSpec:
+            if layer.chained:
+                raise Unsuited("a residual multiplier and post-norms")
+            return replace(
+                layer,
+                attention_norm=scaled(layer.attention_norm),
+                mlp_norm=scaled(layer.mlp_norm),
+            )
+
+        final = replace(self.final_norm, eps=self.final_norm.eps / square)
+        return replace(
+            self,
+            layers=tuple(map(of, self.layers)),
+            final_norm=final,
+            embedding_scale=self.embedding_scale / self.residual_scale,
+            residual_scale=1.0,
+        )
+
+    @cached_property
+    def rotations(self) -> tuple[Rotation, ...]:
+        """Those of the layers, each once."""
+        return tuple({id(y.rotation): y.rotation for y in self.layers if y.rotation}.values())
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor the spec refers to, but for the frequencies."""
         norms, projections = [self.final_norm], [self.head]
         for layer in self.layers:
-            norms += [layer.attention_norm, layer.mlp_norm]
+            norms += layer.norms
             projections += [layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out]
         found = [self.embedding, self.positions]
         for norm in norms:
@@ -114,8 +205,7 @@ class DecoderSpec:
         on. Of the frequencies the values count: a half-precision model's are converted anew.
         """
         places = [(t.data_ptr(), t.shape, t.stride()) for t in self.tensors]
-        frequencies = () if self.inv_freq is None else self.inv_freq.tolist()
-        return (*places, *frequencies)
+        return (*places, *(f for r in self.rotations for f in r.inv_freq.tolist()))
 
     def check(self) -> None:
         """Raise Unsuited unless all tensors share a device and a dtype that the kernels have."""
@@ -124,11 +214,18 @@ class DecoderSpec:
             raise Unsuited(f"the model's dtype is {dtype}")
         if any(tensor.dtype != dtype for tensor in self.tensors):
             raise Unsuited("the parameters differ in dtype")
-        for tensor in (*self.tensors, self.inv_freq):
-            if tensor is not None and tensor.device != device:
+        for tensor in (*self.tensors, *(r.inv_freq for r in self.rotations)):
+            if tensor.device != device:
                 raise Unsuited("the parameters are on several devices")
         if device.type == "cuda" and (self.head_dim % 8 or self.head_dim > 256):
             raise Unsuited(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
+
+
+def halves(module: Any) -> Projection:
+    """The two projections that one linear module holds, of as many rows each."""
+    whole = projection(module)
+    bias = whole.biases[0]
+    return Projection(whole.weights[0].chunk(2), (None, None) if bias is None else bias.chunk(2))
 
 
 def projection(*modules: Any) -> Projection:
@@ -165,20 +262,25 @@ def store_as_before(model: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous()
 
 
-def norm(module: Any) -> Norm:
-    """The norm of a norm module, patched or not: an nn.LayerNorm, or an RMSNorm as transformers'
-    LLaMA has it.
+def norm(module: Any, rms: str = "rms") -> Norm:
+    """The norm of a norm module, patched or not: an nn.LayerNorm, or an RMSNorm; `rms` says as
+    which of `ops.add_norm`'s kinds.
     """
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None:
         raise Unsuited("a norm has no weight")
     if isinstance(module, nn.LayerNorm):
         eps, kind = module.eps, "layer"
-    elif hasattr(module, "variance_epsilon"):
-        eps, kind = module.variance_epsilon, "rms"
+    elif type(module).__name__.endswith("RMSNorm"):
+        eps, kind = rms_eps(module), rms
     else:
         raise Unsuited(f"{type(module).__name__} is not a norm the engine knows")
     return Norm(plain(weight), None if bias is None else plain(bias), eps, kind)
+
+
+def rms_eps(module: Any) -> float:
+    """The eps of one of transformers' RMSNorms."""
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
 
 
 def activation(module: nn.Module) -> str:
@@ -189,11 +291,17 @@ def activation(module: nn.Module) -> str:
     return act
 
 
-def rotation(module: Any) -> tuple[Tensor, float]:
-    """(inv_freq, scale) of a rotary module whose frequencies do not depend on the length."""
-    if module.rope_type in ("dynamic", "longrope"):
-        raise Unsuited(f"rope_type {module.rope_type!r} changes its frequencies with the length")
-    return module.inv_freq.float(), float(module.attention_scaling)
+def rotation(module: Any, layer_type: str | None = None, wide: bool = False) -> Rotation:
+    """The rotation of a rotary module whose frequencies do not depend on the length, for one of its
+    layer types where it has several.
+    """
+    rope_type, of = module.rope_type, "" if layer_type is None else f"{layer_type}_"
+    if layer_type is not None:
+        rope_type = rope_type[layer_type]
+    if rope_type in ("dynamic", "longrope"):
+        raise Unsuited(f"rope_type {rope_type!r} changes its frequencies with the length")
+    inv_freq = getattr(module, f"{of}inv_freq").float()
+    return Rotation(inv_freq, float(getattr(module, f"{of}attention_scaling")), wide)
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Stack:
         alike = set(map(_numbers, spec.layers))
         heads = spec.num_heads == spec.num_kv_heads and not spec.interleaved
         positions = spec.positions
-        if positions is None or spec.inv_freq is not None or not heads or len(alike) != 1:
+        if positions is None or not heads or len(alike) != 1 or spec.embedding_scale != 1:
             return None
         if positions.data_ptr() % 16 or not positions.is_contiguous():
             return None
@@ -59,33 +59,39 @@ class Stack:
         ops.decode_layers(
             residual, self._scratch, self._table, token, spec.embedding, spec.positions, length,
             start, num_heads=spec.num_heads, middle=len(self.layers[0].mlp_in),
-            capacity=self.layers[0].keys.shape[2], eps=layer.attention_norm.eps,
+            capacity=self.layers[0].keys.shape[2], eps=layer.norms[0].eps,
             scaling=layer.scaling, act=layer.act,
         )  # fmt: skip
 
 
 def _numbers(layer: LayerSpec) -> tuple:
-    return layer.attention_norm.eps, layer.mlp_norm.eps, layer.scaling, layer.act
+    return tuple(norm.eps for norm in layer.norms), layer.scaling, layer.act
 
 
 def _is_plain(layer: LayerSpec) -> bool:
     """Whether `layer` is a pre-norm LayerNorm layer of single projections with biases."""
-    norms = (layer.attention_norm, layer.mlp_norm)
+    norms = layer.norms
     projections = (layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out)
     return (
         not layer.gated
         and not layer.parallel
+        and not layer.chained
+        and layer.rotation is None
+        and not layer.window
+        and not layer.softcap
+        and len(norms) == 2
         and all(norm.kind == "layer" and norm.bias is not None for norm in norms)
-        and layer.attention_norm.eps == layer.mlp_norm.eps
+        and norms[0].eps == norms[1].eps
         and all(len(p.weights) == 1 and p.biases[0] is not None for p in projections)
     )
 
 
 def _tensors(layer: LayerSpec, keys: Tensor, values: Tensor) -> Layer:
     found: list[Tensor | None] = []
-    for norm, projections in (
-        (layer.attention_norm, (layer.qkv, layer.attention_out)),
-        (layer.mlp_norm, (layer.mlp_in, layer.mlp_out)),
+    for norm, projections in zip(
+        layer.norms,
+        ((layer.qkv, layer.attention_out), (layer.mlp_in, layer.mlp_out)),
+        strict=True,
     ):
         found += [norm.weight, norm.bias]
         for projection in projections:

@@ -4,8 +4,10 @@ autograd formula.
 
 from hf_fuse.ops.add_norm import add_norm
 from hf_fuse.ops.bias_act import bias_act
+from hf_fuse.ops.decode_add_norm import decode_add_norm
 from hf_fuse.ops.decode_attention import decode_attention
 from hf_fuse.ops.decode_embed import decode_embed
+from hf_fuse.ops.decode_head_norm import decode_head_norm
 from hf_fuse.ops.decode_layers import decode_layers
 from hf_fuse.ops.decode_linear import decode_linear, decode_linear_two
 from hf_fuse.ops.decode_sample import decode_sample
@@ -20,8 +22,10 @@ __all__ = [
     "NAMES",
     "add_norm",
     "bias_act",
+    "decode_add_norm",
     "decode_attention",
     "decode_embed",
+    "decode_head_norm",
     "decode_layers",
     "decode_linear",
     "decode_linear_two",

@@ -1,17 +1,18 @@
 """add_norm: the residual add and the norm(s) that read it, in one pass over memory.
 
     residual = (deltas[0] + deltas[1]) + x,  or  deltas[0] + x,  or  x
-    rms:    normed = weight * (residual * rsqrt(mean(residual²) + eps))
-    layer:  normed = (residual - mean(residual)) * rsqrt(var(residual) + eps) * weight + bias
+    rms:         normed = weight * round(residual * rsqrt(mean(residual²) + eps))
+    layer:       normed = (residual - mean(residual)) * rsqrt(var(residual) + eps) * weight + bias
+    rms_once:    as rms, but rounded once, after the weight (OLMo 2)
+    rms_offset:  as rms_once, with 1 + weight for the weight (Gemma)
 
 Shapes: x and deltas [..., hidden_size], weight and bias [hidden_size], 1 <= hidden_size <= 65536.
 Dtypes: float32, float16, bfloat16 (float64 on CPU), all tensors alike. Statistics and sums are
-fp32; the residual is rounded to the dtype after each add, and RMSNorm rounds the normalised row
-before it multiplies by the weight, as transformers does. Statistics are shifted two-pass: the mean
-first, then the centred sum of squares, over the row held on chip.
+fp32; the residual is rounded to the dtype after each add, as transformers does. Statistics are
+shifted two-pass: the mean first, then the centred sum of squares, over the row held on chip.
 
 Sources: Ba, Kiros, Hinton 2016 (LayerNorm); Zhang, Sennrich 2019 (RMSNorm); transformers'
-LlamaRMSNorm, GPTNeoXLayer.
+LlamaRMSNorm, GPTNeoXLayer, Olmo2RMSNorm, Gemma2RMSNorm.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from hf_fuse.ops._library import (
     refuse_second_derivative,
     use_kernel,
 )
+
+KINDS = ("rms", "layer", "rms_once", "rms_offset")  # the order of `enum class Norm` in ops.h
 
 
 def add_norm(
@@ -57,19 +60,18 @@ def add_norm(
         rows = jit.direct.add_norm(x, deltas, weight, bias, weight2, bias2, eps, kind)
         if rows is not None:
             return rows
-    rms = kind == "rms"
-    if not rms and kind != "layer":
-        raise ValueError(f"hf_fuse add_norm: kind must be 'rms' or 'layer', got {kind!r}")
+    if kind not in KINDS:
+        raise ValueError(f"hf_fuse add_norm: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if len(deltas) > 2:
         raise ValueError(f"hf_fuse add_norm: at most 2 deltas, got {len(deltas)}")
     delta1, delta2 = (*deltas, None, None)[:2]
     if not use_kernel(x, backend):
-        check(x, delta1, delta2, weight, bias, weight2, bias2, rms)
+        check(x, delta1, delta2, weight, bias, weight2, bias2, kind != "layer")
         return reference(
             x, weight, bias, eps=eps, kind=kind, deltas=deltas, weight2=weight2, bias2=bias2
         )
     stats = not no_autograd(x, delta1, delta2, weight, bias, weight2, bias2)
-    arguments = (x, delta1, delta2, weight, bias, weight2, bias2, eps, rms, stats)
+    arguments = (x, delta1, delta2, weight, bias, weight2, bias2, eps, KINDS.index(kind), stats)
     op = torch.ops.hf_fuse.add_norm.default
     if stats:
         residual, normed, normed2, _, _ = op(*arguments)
@@ -99,7 +101,10 @@ def reference(
             return torch.nn.functional.layer_norm(residual, residual.shape[-1:], weight, bias, eps)
         wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * wide.to(residual.dtype)
+        if kind == "rms":
+            return weight * wide.to(residual.dtype)
+        weight = weight.to(wide.dtype)
+        return (wide * (weight + 1 if kind == "rms_offset" else weight)).to(residual.dtype)
 
     return residual, norm(weight, bias), None if weight2 is None else norm(weight2, bias2)
 
@@ -153,9 +158,10 @@ def _fake(
     weight2: Tensor | None,
     bias2: Tensor | None,
     eps: float,
-    rms: bool,
+    kind: int,
     stats: bool,
 ) -> tuple[Tensor | None, ...]:
+    rms = KINDS[kind] != "layer"
     check(x, delta1, delta2, weight1, bias1, weight2, bias2, rms)
     tokens = x.numel() // x.shape[-1]
     stat = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -181,7 +187,7 @@ def _fake_backward(
     weight2: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
-    rms: bool,
+    kind: int,
     bias1: bool,
     bias2: bool,
 ) -> tuple[Tensor | None, ...]:
@@ -192,10 +198,10 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, delta1, delta2, weight1, bias1, weight2, bias2, _, rms, _ = inputs
+    x, delta1, delta2, weight1, bias1, weight2, bias2, _, kind, _ = inputs
     residual, _, _, mean, rstd = output
     ctx.save_for_backward(x if delta1 is None else residual, weight1, weight2, mean, rstd)
-    ctx.rms = rms
+    ctx.kind = kind
     ctx.present = [t is not None for t in (x, delta1, delta2, weight1, bias1, weight2, bias2)]
     ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
     ctx.set_materialize_grads(False)
@@ -220,7 +226,7 @@ def _backward(
             weight2,
             mean,
             rstd,
-            ctx.rms,
+            ctx.kind,
             has_bias1,
             has_bias2,
         )

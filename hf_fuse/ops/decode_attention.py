@@ -2,7 +2,9 @@
 
     q, k = rotate(q), rotate(k), by (length - start) * inv_freq, cos and sin times rope_scale
     keys[length], values[length] = k, v, rounded to the dtype
-    out = softmax(scaling * q · keys[start .. length]) · values[start .. length]
+    out = softmax(cap(scaling * q · keys[first .. length])) · values[first .. length]
+    first = start, or with a window max(start, length + 1 - window)
+    cap(s) = s, or with a softcap softcap * tanh(s / softcap)
 
 Shapes: qkv [batch, (heads + 2 kv_heads) * head_dim], q heads, then k heads, then v heads, or,
 interleaved, q, k and v of each head in turn (GPT-NeoX); caches [batch, kv_heads, capacity,
@@ -11,7 +13,8 @@ inv_freq [rotary_dim / 2] or None for no rotation, over the first rotary_dim ele
 halves. length must be below the capacity. Dtypes: qkv and inv_freq float32; caches and out float32,
 float16 or bfloat16, alike. Softmax and sums are fp32.
 
-`start` is the number of padding tokens on the left of a sequence. For inference: writes into `out`
+`start` is the number of padding tokens on the left of a sequence; the new token's position is
+length - start. window and softcap: 0 for none. For inference: writes into `out`
 and the caches. Source: Su et al. 2021 (rotary); Dao et al. 2023 (splitting the cache over blocks,
 flash decoding).
 """
@@ -36,6 +39,8 @@ def decode_attention(
     inv_freq: Tensor | None = None,
     rope_scale: float = 1.0,
     interleaved: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
     backend: str = "auto",
 ) -> None:
     """Write the attention of each sequence's new token into `out`, its key and value into the
@@ -44,12 +49,13 @@ def decode_attention(
     if not use_kernel(key_cache, backend):
         reference(
             out, qkv, key_cache, value_cache, length, start, scaling=scaling, inv_freq=inv_freq,
-            rope_scale=rope_scale, interleaved=interleaved,
+            rope_scale=rope_scale, interleaved=interleaved, window=window, softcap=softcap,
         )  # fmt: skip
         return
     torch.ops.hf_fuse.decode_attention.default(
-        out, qkv, key_cache, value_cache, length, start, inv_freq, rope_scale, interleaved, scaling
-    )
+        out, qkv, key_cache, value_cache, length, start, inv_freq, rope_scale, interleaved, scaling,
+        window, softcap,
+    )  # fmt: skip
 
 
 def reference(
@@ -64,6 +70,8 @@ def reference(
     inv_freq: Tensor | None = None,
     rope_scale: float = 1.0,
     interleaved: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> None:
     """The same in plain torch."""
     batch, heads, head_dim = out.shape
@@ -81,8 +89,11 @@ def reference(
     wide, group = qkv.dtype, heads // kv_heads
     keys, values = (t.to(wide).repeat_interleave(group, 1) for t in (key_cache, value_cache))
     scores = torch.einsum("bhd,bhsd->bhs", q, keys) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     slot = torch.arange(capacity, device=qkv.device)
-    seen = (slot >= start[:, None]) & (slot <= length)
+    first = torch.maximum(start, length + 1 - window) if window else start
+    seen = (slot >= first[:, None]) & (slot <= length)
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
     # slots not yet written may hold anything, a NaN too
     values = values.masked_fill(~seen[:, None, :, None], 0)

@@ -120,7 +120,7 @@ def test_decoding_shows_each_variant_the_floor_and_the_report() -> None:
     assert f"floor {r['floor_ms']:.3f} ms" in page.shown
     assert f"{r['speedup']:.2f} ×" in page.shown
     row, position = r["first_mismatch"]
-    assert f"part at row {row}, new token {position}" in page.shown
+    assert f"no: row {row} from new token {position}" in page.shown
     assert "random weights" in page.shown
     assert "GPT2LMHeadModel (gpt2): patched with add_norm, bias_act, decode" in page.shown
     assert not page.marked

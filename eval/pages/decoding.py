@@ -105,7 +105,7 @@ def _facts(r: Document) -> list[tuple[str, object]]:
             facts.append((f"TTFT, × {kind}", times(_over_ours(r, key, "ttft_ms"), "×")))
     if r.get("floor_ms"):
         facts.append(("TPOT over the floor", number(ratio(ours, r["floor_ms"]), 2, "×")))
-    return [*facts, ("greedy tokens", _tokens(r))]
+    return [*facts, ("greedy tokens identical", _tokens(r))]
 
 
 def _one_sweep(document: Document) -> Markup:
@@ -150,7 +150,7 @@ def _table(head: list[str], labels: list[list[str]], results: Sequence[Document]
     head = [*head, *(f"TPOT ms {name}" for _, name, _ in there), *["floor"] * floor]
     head += [f"× {kind}" for *_, kind in others]
     head += [f"TTFT ms {name}" for _, name, _ in there]
-    head += [f"× {kind}" for *_, kind in others] + ["tokens/s, patched", "greedy tokens"]
+    head += [f"× {kind}" for *_, kind in others] + ["tokens/s, patched", "greedy tokens identical"]
     rows = [
         [
             *label,
@@ -178,13 +178,16 @@ def _over_ours(result: Document, variant: str, what: str) -> float | None:
 
 def _tokens(result: Document) -> str:
     if result["identical"]:
-        return "identical"
+        return "yes"
     row, position = result["first_mismatch"]
-    return f"part at row {row}, new token {position}"
+    return f"no: row {row} from new token {position}"
 
 
 def _near_ties(document: Document, results: Sequence[Document]) -> Markup | None:
     if document["dtype"] not in ("bfloat16", "float16") or all(r["identical"] for r in results):
         return None
-    why = "In 16 bits the greedy tokens of two correct implementations part at a near tie."
+    why = (
+        "In 16 bits the greedy tokens of two correct implementations may part, at a near tie; "
+        "perplexity and KL tell correct from wrong."
+    )
     return tag("p", why, class_="soft")

@@ -209,19 +209,20 @@ def test_text_is_escaped(make: Callable[[], dict[str, Any]]) -> None:
     assert document["command"] in page.shown
 
 
-@each_kind
-def test_what_was_not_measured_is_a_dash(make: Callable[[], dict[str, Any]]) -> None:
-    """NaN and infinity are null in a saved result, wherever a float stands."""
-
-    def emptied(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: emptied(v, k) for k, v in value.items()}
-        if isinstance(value, list):
-            return [emptied(v) for v in value]
-        return None if key.startswith(("kl_", "perplexity_", "nll_", "patched")) else value
-
-    page = check(pages.render([emptied(make())]))
-    assert "None" not in page.shown
+def test_what_was_not_measured_is_a_dash() -> None:
+    """NaN and infinity are null in a saved result: neither zero nor a bar."""
+    perplexity, metrics, ops = result("ppl-decode-tiny-gpt2-cpu"), lm_eval(), result("kernels-cpu")
+    before = check(pages.render([perplexity])).tags.count("rect")
+    perplexity["result"] |= {"kl_reference_patched": None, "perplexity_patched": None}
+    perplexity["result"] |= {"change_percent": None, "nll_difference_standard_error": None}
+    metrics["metrics"][0]["patched"] = None
+    page = check(pages.render([perplexity]))
+    assert page.tags.count("rect") == before - 2
+    assert page.shown.split("\n").count("–") == 4  # three of the table, and the change's tile
+    assert "± –" in page.shown
+    assert check(pages.render([metrics])).marked == ["–", "2.0e-02"]
+    shares = check(pages.render([ops])).shown.split("\n").count("–")
+    assert shares == len(ops["cases"])
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,7 @@ def test_a_result_of_which_anything_is_missing_is_no_traceback(
         for value in (None, "text", {}, [1]):
             path.write_text(json.dumps({**whole, key: value}))
             with suppress(UsageError):
-                check(pages.render([pages.load(path)]))
+                pages.load(path)  # which renders it
 
 
 def test_report_does_not_replace_a_result(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

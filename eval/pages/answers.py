@@ -79,7 +79,7 @@ def _perplexity_of_one(document: Document) -> Markup:
             bars("Perplexity; lower is better", perplexities),
             bars("KL divergence; lower is better", divergences),
         ),
-        *(tag("p", note, class_="soft") for note in notes if note),
+        *(tag("p", f"Note: {note}.", class_="soft") for note in notes if note),
         patch_report(r["report"]),
     )
 

@@ -11,7 +11,14 @@ from hf_fuse.eval.decode import DecodeResult, evaluate_decode
 from hf_fuse.eval.environment import UsageError, device_name
 from hf_fuse.eval.loading import default_device, encode, load_model, prompts, tiny_models
 from hf_fuse.eval.perplexity import PerplexityResult, evaluate_perplexity
-from hf_fuse.eval.report import change, identical, table, write_json, write_png
+from hf_fuse.eval.report import (
+    change,
+    identical,
+    prepare_outputs,
+    table,
+    write_png,
+    write_result,
+)
 from hf_fuse.eval.text import pydoc_text
 
 CONTEXT, STRIDE, PROMPT_LENGTH, NEW_TOKENS, REPEATS = 256, 128, 128, 64, 3
@@ -39,6 +46,7 @@ def run_demo(
     backend: str = "auto",
     json_path: str | Path = "results/demo.json",
     png_path: str | Path = "results/demo.png",
+    html_path: str | Path | None = None,
     arguments: Sequence[str] = ("demo",),
 ) -> list[DemoRow]:
     """Measure every tiny model, print one table, save it as JSON and as a picture.
@@ -46,13 +54,16 @@ def run_demo(
     Takes under two minutes on two CPU cores. In float32 greedy tokens are identical; bf16 may part
     at a near tie.
     """
+    prepare_outputs(json_path, png_path, html_path)
     device = device or default_device()
     rows = [measure(name, device=device, dtype=dtype, backend=backend) for name in tiny_models()]
     print(f"{device_name(device)}, {dtype}; perplexity of text not trained on; greedy decoding\n")
     print(demo_table(rows))
     facts = {"dtype": dtype, "rows": [_row_dict(row) for row in rows]}
-    write_json(json_path, "demo", facts, device=device, arguments=arguments)
-    print(f"\nsaved {json_path}", end="")
+    write_result(
+        "demo", facts, device=device, arguments=arguments, json_path=json_path, html_path=html_path
+    )
+    print("\nsaved", ", ".join(str(path) for path in (json_path, html_path) if path), end="")
     try:
         write_png(
             png_path, {r.model: r.perplexity for r in rows}, {r.model: r.decode for r in rows}

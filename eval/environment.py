@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -100,12 +101,16 @@ def provenance(device: torch.device | str, arguments: Sequence[str] = ()) -> dic
 
 
 def without_folder(argument: str) -> str:
-    """An absolute path's last part, anything else as it is: results travel, home folders do not."""
-    option, separator, value = argument.partition("=")
-    if separator and option.startswith("--"):
-        return f"{option}={without_folder(value)}"
+    """An absolute path's last part, in `a=PATH,b=PATH` too; anything else as it is: results
+    travel, home folders do not.
+    """
     path = Path(argument).expanduser()
-    return path.name if path.is_absolute() else argument
+    if path.is_absolute():
+        return path.name
+    parts = re.split("([,=])", argument)
+    if len(parts) == 1:
+        return argument
+    return "".join(part if part in ",=" else without_folder(part) for part in parts)
 
 
 def _cpu_model() -> str:

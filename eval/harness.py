@@ -25,9 +25,9 @@ from lm_eval.models.huggingface import HFLM
 
 import hf_fuse
 from hf_fuse.cli import OneLineParser
-from hf_fuse.eval.environment import UsageError
+from hf_fuse.eval.environment import UsageError, without_folder
 from hf_fuse.eval.loading import default_device, first_line, resolve
-from hf_fuse.eval.report import prepare_output, table, write_json
+from hf_fuse.eval.report import prepare_outputs, table, write_result
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 TOLERANCE = {torch.float32: 1e-5}  # of a metric, relative
@@ -88,20 +88,22 @@ def main(given: Sequence[str]) -> int:
     UsageError for what the user can mend.
     """
     own, rest = _own_parser().parse_known_args(given)
-    if own.json:
-        prepare_output(own.json)
+    if (own.json or own.html) and not own.compare:
+        raise UsageError("--json and --html need --compare; lm-eval's --output_path saves its run")
+    prepare_outputs(own.json, own.html)
     try:
         arguments = _their_arguments(own, rest)
         if not own.compare:
             Run._execute(arguments)
             return 0
-        metrics, dtype = compare(EvaluatorConfig.from_cli(arguments))
+        config = EvaluatorConfig.from_cli(arguments)
+        metrics, model = compare(config)
     except (UsageError, torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # lm-eval, transformers and the hub raise many kinds
         raise UsageError(f"lm-eval: {first_line(error)}") from error
     tolerance = (
-        TOLERANCE.get(dtype, TOLERANCE_OF_OTHERS) if own.tolerance is None else own.tolerance
+        TOLERANCE.get(model.dtype, TOLERANCE_OF_OTHERS) if own.tolerance is None else own.tolerance
     )
     past = [metric for metric in metrics if not metric.difference <= tolerance]
     rows = [
@@ -111,16 +113,25 @@ def main(given: Sequence[str]) -> int:
     print(table(["task", "metric", "unpatched", "patched", "difference"], rows))
     verdict = f"{len(past)} of {len(metrics)} metrics differ" if past else "no metric differs"
     print(f"\n{verdict} by more than {tolerance:g}, relative")
-    if own.json:
-        facts = {"tolerance": tolerance, "metrics": [vars(metric) for metric in metrics]}
-        write_json(
-            own.json, "lm-eval", facts, device=arguments.device, arguments=["lm-eval", *given]
-        )
+    facts = {
+        "model": without_folder(config.model_args["pretrained"]),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tolerance": tolerance,
+        "metrics": [vars(metric) for metric in metrics],
+        "report": hf_fuse.report(model).to_dict(),
+    }
+    write_result(
+        "lm-eval", facts, device=arguments.device, arguments=["lm-eval", *given],
+        json_path=own.json, html_path=own.html,
+    )  # fmt: skip
     return 1 if past else 0
 
 
-def compare(config: EvaluatorConfig) -> tuple[list[Metric], torch.dtype]:
-    """Every metric of the tasks without and with hf_fuse, by one model, loaded once; its dtype."""
+def compare(config: EvaluatorConfig) -> tuple[list[Metric], Any]:
+    """Every metric of the tasks without and with hf_fuse, by one model, loaded once; that model,
+    patched.
+    """
     manager = config.process_tasks(config.metadata)
     sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size}
     model = FusedLM.create_from_arg_obj(config.model_args, {**sizes, "device": config.device})
@@ -140,7 +151,7 @@ def compare(config: EvaluatorConfig) -> tuple[list[Metric], torch.dtype]:
         for name in values
         if isinstance(values[name], float) and "_stderr" not in name
     ]
-    return metrics, model.model.dtype
+    return metrics, model.model
 
 
 _SHARED = (
@@ -164,6 +175,7 @@ def _own_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--text", metavar="FILE", help="what the task hf_fuse_text scores")
     parser.add_argument("--json", metavar="FILE", help="with --compare: save numbers")
+    parser.add_argument("--html", metavar="FILE", help="with --compare: save a page")
     return parser
 
 

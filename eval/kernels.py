@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_fuse import ops
 from hf_fuse.eval.environment import device_name
-from hf_fuse.eval.report import table, write_json
+from hf_fuse.eval.report import table, write_result
 from hf_fuse.ops.add_norm import reference as add_norm_reference
 from hf_fuse.ops.rotary import reference as rotary_reference
 
@@ -444,8 +444,15 @@ def show(rows: list[dict[str, Any]]) -> str:
     return table(["case", "us", "GB/s", "% of copy", *(f"x vs {n}" for n in names)], lines)
 
 
-def run(json_path: str | None, only: str, arguments: Sequence[str]) -> None:
-    """Measure, print the table and write the JSON. `only` selects cases by a part of their name."""
+def run(
+    only: str,
+    arguments: Sequence[str],
+    json_path: str | None = None,
+    html_path: str | None = None,
+) -> None:
+    """Measure, print the table and write what is asked for. `only` selects cases by a part of their
+    name.
+    """
     if torch.cuda.is_available():
         bandwidth = ceiling()
         print(f"{device_name('cuda')}: copy ceiling {bandwidth / 1e9:.0f} GB/s (read + write)")
@@ -461,9 +468,10 @@ def run(json_path: str | None, only: str, arguments: Sequence[str]) -> None:
         result = {"cases": [row for row in measure_on_cpu() if only in row["case"]]}
         print(device_name("cpu"))
     print(show(result["cases"]))
-    if json_path:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        write_json(json_path, "kernels", result, device=device, arguments=arguments)
+    write_result(
+        "kernels", result, device="cuda" if torch.cuda.is_available() else "cpu",
+        arguments=arguments, json_path=json_path, html_path=html_path,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as text tables, JSON with provenance, and PNG."""
+"""Results as text tables, JSON with provenance, HTML and PNG."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from hf_fuse import Report
 from hf_fuse.eval.decode import DecodeResult, Timing
 from hf_fuse.eval.environment import UsageError, provenance, require
+from hf_fuse.eval.pages import render
 from hf_fuse.eval.perplexity import PerplexityResult, Score
 
 _UNPATCHED, _PATCHED, _REFERENCE = "#9aa5b1", "#2b6cb0", "#d69e2e"
@@ -151,21 +152,41 @@ def prepare_output(path: str | Path) -> Path:
     return path
 
 
-def write_json(
-    path: str | Path,
+def prepare_outputs(*paths: str | Path | None) -> None:
+    """`prepare_output` for each that is given; raises UsageError where two are one file, too."""
+    given = [path for path in paths if path]
+    for path in given:
+        prepare_output(path)
+    if len({Path(path).resolve() for path in given}) < len(given):
+        raise UsageError(f"each output needs a file of its own: {', '.join(map(str, given))}")
+
+
+def write_result(
     kind: str,
     result: Mapping[str, Any],
     *,
     device: torch.device | str,
     arguments: Sequence[str] = (),
+    json_path: str | Path | None = None,
+    html_path: str | Path | None = None,
 ) -> None:
-    """Write `result` with its provenance; NaN and infinity become null.
+    """Write `result` with its provenance: JSON, where NaN and infinity become null, and the page
+    that `hf-fuse report` makes of that JSON.
 
     Raises UsageError for a path that cannot be written.
     """
     payload = {"kind": kind, **provenance(device, arguments), **result}
     text = json.dumps(_finite(payload), indent=2, allow_nan=False) + "\n"
-    prepare_output(path).write_text(text, encoding="utf-8")
+    if json_path:
+        prepare_output(json_path).write_text(text, encoding="utf-8")
+    if html_path:
+        write_html(html_path, [json.loads(text)])
+
+
+def write_html(path: str | Path, documents: Sequence[Mapping[str, Any]]) -> None:
+    """Write one page of saved results. Raises UsageError for a path that cannot be written."""
+    # A name that is no UTF-8 (a folder's may be anything) shows as question marks.
+    prepare_output(path).write_text(render(documents), encoding="utf-8", errors="replace")
 
 
 def write_png(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_fuse
+from hf_fuse import Report
 from hf_fuse.decode.engine import DecodeEngine
 from hf_fuse.eval.decode import read_bandwidth
 from hf_fuse.eval.environment import evaluating
@@ -52,6 +53,7 @@ class StepResult:
     kernels: tuple[Timed, ...]
     step: Timed
     read_bytes_per_s: float | None
+    report: Report
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -95,6 +97,7 @@ def measure_step(
         logits = engine.logits.nbytes
         timed.append(_timed("select", [engine.select], logits, on_gpu))
         begin()
+        report = hf_fuse.report(model)
 
         def step() -> None:
             for kernel in engine.kernels:
@@ -102,7 +105,7 @@ def measure_step(
             engine.select()
 
         whole = _timed("step", [step], sum(read.values()) + logits, on_gpu)
-    return StepResult(batch_size, context, tuple(timed), whole, bandwidth)
+    return StepResult(batch_size, context, tuple(timed), whole, bandwidth, report)
 
 
 def _nbytes(x: Tensor) -> int:

@@ -1,5 +1,5 @@
-"""The command line: `hf-fuse ppl | tpot | lm-eval | step | kernels | demo | doctor |
-supported`.
+"""The command line: `hf-fuse ppl | tpot | lm-eval | step | kernels | demo | report |
+doctor | supported`.
 
 What a user can mend (a wrong name, a missing file or package) is one line on stderr, exit code 2.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 # What is heavy (torch, transformers) is imported by the commands, so that --help answers at once.
@@ -124,6 +125,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         json_path=arguments.json,
         png_path=arguments.png,
+        html_path=arguments.html,
         arguments=arguments.given,
     )
     return 0 if all(row.same_answers for row in rows) else 1
@@ -150,21 +152,19 @@ def _supported(arguments: argparse.Namespace) -> int:
 
 def _kernels(arguments: argparse.Namespace) -> int:
     from hf_fuse.eval.kernels import run
-    from hf_fuse.eval.report import prepare_output
+    from hf_fuse.eval.report import prepare_outputs
 
-    if arguments.json:
-        prepare_output(arguments.json)
-    run(arguments.json, arguments.only, arguments.given)
+    prepare_outputs(arguments.json, arguments.html)
+    run(arguments.only, arguments.given, arguments.json, arguments.html)
     return 0
 
 
 def _step(arguments: argparse.Namespace) -> int:
     from hf_fuse.eval.loading import load_model
-    from hf_fuse.eval.report import prepare_output
+    from hf_fuse.eval.report import prepare_outputs
     from hf_fuse.eval.step import measure_step, step_table
 
-    if arguments.json:
-        prepare_output(arguments.json)
+    prepare_outputs(arguments.json, arguments.html)
     model, _ = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     result = measure_step(
         model,
@@ -174,6 +174,17 @@ def _step(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.model}, {_dtype_of(model)}, {step_table(result)}")
     _save(arguments, model, "step", result.to_dict())
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from hf_fuse.eval.environment import UsageError
+    from hf_fuse.eval.pages import load
+    from hf_fuse.eval.report import write_html
+
+    if Path(arguments.html).resolve() in [Path(result).resolve() for result in arguments.results]:
+        raise UsageError(f"--html {arguments.html} would replace a result that it is made from")
+    write_html(arguments.html, [load(path) for path in arguments.results])
     return 0
 
 
@@ -211,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
 
     kernels = _command(commands, "kernels", _kernels, "each op against its ceiling and its peers")
     kernels.add_argument("--json", metavar="FILE", help="write the results with their provenance")
+    _html_option(kernels)
     kernels.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
 
     tpot = _command(commands, "tpot", _tpot, "time to first token and time per output token")
@@ -236,6 +248,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", _demo, "both, over the three tiny models, in one table")
     _run_options(demo, dtype="float32", json="results/demo.json", png="results/demo.png")
+    report = _command(commands, "report", _report, "one HTML page of results that --json saved")
+    report.add_argument("results", metavar="RESULT.json", nargs="+", help="of any command")
+    report.add_argument("--html", metavar="FILE", required=True, help="the page to write")
     commands.add_parser("lm-eval", help="lm-eval's tasks on the patched model, or on both sides")
     _command(commands, "doctor", _doctor, "what is on this machine, and how to mend what is not")
     _command(commands, "supported", _supported, "the architectures that hf_fuse knows")
@@ -280,6 +295,11 @@ def _device_options(parser: argparse.ArgumentParser, *, dtype: str, json: str | 
     parser.add_argument(
         "--json", metavar="FILE", default=json, help=f"save numbers; default {json}"
     )
+    _html_option(parser)
+
+
+def _html_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", metavar="FILE", help="save a page with plots, one file")
 
 
 def _count(
@@ -313,12 +333,11 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Text, Any, Any, dict[str, A
     """
     from hf_fuse.eval.environment import require
     from hf_fuse.eval.loading import check_patchable, load_model
-    from hf_fuse.eval.report import prepare_output
+    from hf_fuse.eval.report import prepare_outputs
 
     if arguments.png:
         require("matplotlib", "eval", "--png")
-    for path in filter(None, (arguments.json, arguments.png)):
-        prepare_output(path)
+    prepare_outputs(arguments.json, arguments.png, arguments.html)
     text = _text(arguments)
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
     options: dict[str, Any] = {"backend": arguments.backend}
@@ -343,18 +362,19 @@ def _save(
     facts: dict[str, Any],
     **drawings: Any,
 ) -> None:
-    from hf_fuse.eval.report import write_json, write_png
+    from hf_fuse.eval.report import write_png, write_result
 
-    if arguments.json:
-        payload = {
-            "model": _short(arguments),
-            "model_type": model.config.model_type,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "dtype": _dtype_of(model),
-            **facts,
-        }
-        device = _device_of(model)
-        write_json(arguments.json, kind, payload, device=device, arguments=arguments.given)
+    payload = {
+        "model": _short(arguments),
+        "model_type": model.config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": _dtype_of(model),
+        **facts,
+    }
+    write_result(
+        kind, payload, device=_device_of(model), arguments=arguments.given,
+        json_path=arguments.json, html_path=arguments.html,
+    )  # fmt: skip
     if arguments.png:
         write_png(arguments.png, **drawings)
 

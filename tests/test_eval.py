@@ -13,7 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_fuse
-from hf_fuse.eval import decode, demo, environment, loading, perplexity, report, text, train_tiny
+from hf_fuse.eval import (
+    decode,
+    demo,
+    environment,
+    loading,
+    pages,
+    perplexity,
+    report,
+    text,
+    train_tiny,
+)
 
 TINY = sorted(loading.tiny_models())
 
@@ -434,11 +444,15 @@ def test_short_prompt_text_repeats():
 def test_results_carry_no_folders():
     facts = environment.provenance("cpu", ["ppl", "/home/someone/model", "--json=/tmp/x.json"])
     assert facts["command"] == "hf-fuse ppl model --json=x.json"
+    given = ["--model_args", "pretrained=/home/someone/model,dtype=float32,peft=/home/someone/a"]
+    command = environment.provenance("cpu", ["lm-eval", *given])["command"]
+    assert command == "hf-fuse lm-eval --model_args pretrained=model,dtype=float32,peft=a"
 
 
 def test_json_has_no_nan(tmp_path):
     path = tmp_path / "new" / "result.json"
-    report.write_json(path, "test", {"a": [math.nan, 1.5], "b": {"c": -math.inf}}, device="cpu")
+    facts = {"a": [math.nan, 1.5], "b": {"c": -math.inf}}
+    report.write_result("test", facts, device="cpu", json_path=path)
     saved = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert (saved["a"], saved["b"], saved["kind"]) == ([None, 1.5], {"c": None}, "test")
     assert saved["versions"]["torch"] == torch.__version__
@@ -467,7 +481,7 @@ def test_demo_prints_one_table_over_all_tiny_models(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(demo, "STRIDE", 256)
     monkeypatch.chdir(tmp_path)
 
-    rows = demo.run_demo(device="cpu")
+    rows = demo.run_demo(device="cpu", html_path="demo.html")
 
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny-")]
     assert [line.split()[0] for line in lines] == TINY == [row.model for row in rows]
@@ -478,3 +492,6 @@ def test_demo_prints_one_table_over_all_tiny_models(tmp_path, monkeypatch, capsy
     saved = json.loads((tmp_path / "results" / "demo.json").read_text())
     assert [row["model"] for row in saved["rows"]] == TINY
     assert (tmp_path / "results" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert page == pages.render([saved])
+    assert all(page.count(name) > 1 for name in TINY)

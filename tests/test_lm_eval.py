@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 import hf_fuse
 from hf_fuse.cli import main
 from hf_fuse.decode.loop import engine_of
+from hf_fuse.eval import pages
 from hf_fuse.eval.harness import TASKS, FusedLM
 from hf_fuse.eval.loading import MODELS
 
@@ -60,7 +61,9 @@ def test_the_same_perplexity_on_both_sides(
 ) -> None:
     file = tmp_path / "numbers.json"
     model = f"pretrained={name},dtype={dtype}"
-    code, out = compared(capsys, "--model_args", model, "--batch_size", "16", "--json", str(file))
+    page = tmp_path / "page.html"
+    outputs = ["--json", str(file), "--html", str(page)]
+    code, out = compared(capsys, "--model_args", model, "--batch_size", "16", *outputs)
     assert code == 0, out
     numbers = json.loads(file.read_text())
     metrics = {metric["name"]: metric for metric in numbers["metrics"]}
@@ -70,6 +73,9 @@ def test_the_same_perplexity_on_both_sides(
         assert metric["unpatched"] > 1
         assert metric["patched"] == pytest.approx(metric["unpatched"], rel=numbers["tolerance"])
     assert "no metric differs by more than" in out
+    assert (numbers["model"], numbers["dtype"]) == (name, dtype)
+    assert numbers["report"]["patched"]
+    assert page.read_text(encoding="utf-8") == pages.render([numbers])
 
 
 def test_a_model_that_answers_otherwise_is_found(
@@ -133,9 +139,8 @@ def test_lm_evals_own_run(capsys: pytest.CaptureFixture) -> None:
         (["--model_args", "pretrained=tiny-bert"], "there is no tiny model tiny-bert"),
         (["--model", "hf"], "the model is hf-fuse, got --model hf"),
         (["--model_args", "pretrained=tiny-gpt2,fuse_backend=gpu"], "backend must be one of"),
-        (["--json", "/dev/null/all.json"], "/dev/null"),
     ],
-    ids=["task", "text", "folder", "tiny", "model", "backend", "json"],
+    ids=["task", "text", "folder", "tiny", "model", "backend"],
 )
 @pytest.mark.parametrize("compare", [[], ["--compare"]], ids=["run", "compare"])
 def test_errors_are_one_line_and_code_2(
@@ -153,3 +158,15 @@ def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture) -> None:
         main(["lm-eval", "--bogus"])
     (line,) = capsys.readouterr().err.splitlines()
     assert "--bogus" in line
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_only_a_comparison_can_be_saved(
+    option: str, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    given = ["--tasks", "hf_fuse_text", "--model_args", "pretrained=tiny-gpt2", "--limit", "1"]
+    path = tmp_path / "numbers"
+    assert main(["lm-eval", *given, option, str(path)]) == 2
+    assert capsys.readouterr().err.startswith("hf-fuse: --json and --html need --compare")
+    assert main(["lm-eval", *given, "--compare", option, "/dev/null/all"]) == 2
+    assert "cannot write /dev/null/all" in capsys.readouterr().err

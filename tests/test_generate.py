@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import count_ops
 from models import (
+    FAMILY,
     LLAMA,
     PLAIN,
     TRAINED,
@@ -74,7 +75,7 @@ def compare_greedy(model: PreTrainedModel, batch: int, new: int) -> None:
     compare(model, new, **(padded(ids, "left") if batch > 1 else {"input_ids": ids}))
 
 
-@cases(VARIANTS)
+@cases(VARIANTS, FAMILY)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_greedy_tokens_are_the_unpatched_models(case: Case, batch: int, device: str) -> None:
     compare_greedy(heads_of_16(case).build(device=device), batch, 128)
@@ -549,7 +550,7 @@ def test_unpatch_gives_the_weights_back_as_they_lay(case: Case, device: str) -> 
     assert type(model).__mro__[0].__module__.startswith("transformers")
 
 
-@cases(PLAIN)
+@cases(PLAIN, FAMILY)
 def test_copies_pickles_and_checkpoints_after_generating(
     case: Case, device: str, tmp_path: Any
 ) -> None:

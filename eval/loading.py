@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hf_fuse
 from hf_fuse.decode.loop import Generates
+from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.decode.spec import DecoderSpec, Unsuited
 from hf_fuse.eval.environment import UsageError
 from hf_fuse.eval.shapes import PREFIX, build_shape
@@ -165,8 +166,6 @@ def decoder_spec_of(model: nn.Module) -> DecoderSpec:
     try:
         if not isinstance(model, Generates):
             raise Unsuited("the op decode was left out, or the model has no language head")
-        spec = model.decoder_spec()
-        spec.check()
+        return spec_of(model)
     except Unsuited as error:
         raise UsageError(f"the decode engine does not take this model: {error}") from error
-    return spec

@@ -34,6 +34,7 @@ import hf_fuse
 from hf_fuse.auto import _mappings
 from hf_fuse.eval.loading import MODELS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 each_case = cases(PLAIN)
 HEADS = {
     "Model": AutoModel,
@@ -52,8 +53,10 @@ def _nothing_stays() -> Iterator[None]:
     assert entries() == before
 
 
-def entries() -> list[dict[type, Any]]:
-    return [dict(mapping._extra_content) for mapping in _mappings()]
+def entries() -> list[Any]:
+    """Each mapping object, what was put into it, and the class it gives for each config."""
+    configs = {type(case.config()) for case in PLAIN}
+    return [(m, dict(m._extra_content), {c: m.get(c, None) for c in configs}) for m in _mappings()]
 
 
 def saved(case: Case, folder: Path, head: str = "ForCausalLM", **options: Any) -> PreTrainedModel:
@@ -95,9 +98,14 @@ def test_there_and_back(case: Case, shard: str, tied: bool, tmp_path: Path) -> N
     again = AutoModelForCausalLM.from_pretrained(second)
     assert type(again) is type(model)
     assert not hf_fuse.is_patched(again)
+    assert again.state_dict().keys() == model.state_dict().keys()
     assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
     embeddings = (again.get_input_embeddings().weight, again.get_output_embeddings().weight)
     assert (embeddings[0] is embeddings[1]) == tied
+    ids = tokens_for(model, 2, 7)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(greedy(again), greedy(model))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -141,7 +149,7 @@ def test_options_of_from_pretrained(tmp_path: Path) -> None:
     assert hf_fuse.is_patched(AutoModelForCausalLM._model_mapping[type(config)](config))
 
 
-def test_a_pipeline_that_loads_the_model(one_thread: None) -> None:
+def test_a_pipeline_that_loads_the_model() -> None:
     options = {"max_new_tokens": 9, "do_sample": False}
     texts = []
     for fused in (False, True):

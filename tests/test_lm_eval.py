@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from helpers import count_ops
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from models import PLAIN, TRAINED, Case, cases
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 import hf_fuse
 from hf_fuse.cli import main
 from hf_fuse.decode.loop import engine_of
 from hf_fuse.eval.harness import TASKS, FusedLM
 from hf_fuse.eval.loading import MODELS
+from hf_fuse.eval.text import pydoc_text
 
-TINY = ("tiny-llama", "tiny-gpt_neox", "tiny-gpt2")
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTINUE = """
 task: continue
@@ -53,15 +57,31 @@ def compared(capsys: pytest.CaptureFixture, *options: str) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+def folder_of(case: Case, folder: Path) -> Path:
+    """A model folder of the case: the trained model, or random weights with its tokenizer."""
+    if case.trained:
+        return MODELS / case.model_type
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "llama")
+    replace(case, scale=0.05).build(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TINY)
+@cases(TRAINED, PLAIN)
 def test_the_same_perplexity_on_both_sides(
-    name: str, dtype: str, capsys: pytest.CaptureFixture, tmp_path: Path
+    case: Case, dtype: str, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    file = tmp_path / "numbers.json"
-    model = f"pretrained={name},dtype={dtype}"
-    code, out = compared(capsys, "--model_args", model, "--batch_size", "16", "--json", str(file))
+    """Batches of a size that lm-eval finds itself."""
+    file, text = tmp_path / "numbers.json", tmp_path / "text.txt"
+    text.write_text("\n\n".join(pydoc_text("held-out").text.split("\n\n")[:40]))
+    model = f"pretrained={folder_of(case, tmp_path / 'model')},dtype={dtype}"
+    sizes = ("--batch_size", "auto", "--max_batch_size", "8")
+    options = ("--text", str(text), "--json", str(file))
+    with count_ops() as calls:
+        code, out = compared(capsys, "--model_args", model, *sizes, *options)
     assert code == 0, out
+    assert calls["hf_fuse::add_norm"] > 0
     numbers = json.loads(file.read_text())
     metrics = {metric["name"]: metric for metric in numbers["metrics"]}
     assert set(metrics) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
@@ -134,8 +154,15 @@ def test_lm_evals_own_run(capsys: pytest.CaptureFixture) -> None:
         (["--model", "hf"], "the model is hf-fuse, got --model hf"),
         (["--model_args", "pretrained=tiny-gpt2,fuse_backend=gpu"], "backend must be one of"),
         (["--json", "/dev/null/all.json"], "/dev/null"),
+        (["--device", "cuda:99"], "torch sees no device cuda:99"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--batch_size", "0"], "--batch_size must be a number from 1 up or auto[:N], got 0"),
+        (["--batch_size", "many"], "got many"),
+        (["--model_args", "pretrained=tiny-gpt2,dtype=int3"], "int3"),
+        (["--gen_kwargs", "{no"], "Invalid JSON"),
+        (["--config", "/nowhere.yaml"], "Config file not found"),
     ],
-    ids=["task", "text", "folder", "tiny", "model", "backend", "json"],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("compare", [[], ["--compare"]], ids=["run", "compare"])
 def test_errors_are_one_line_and_code_2(
@@ -148,8 +175,22 @@ def test_errors_are_one_line_and_code_2(
     assert message in last
 
 
-def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "options", [["--bogus"], ["--tolerance", "-1"], ["--tolerance", "nan"], ["--text", ""]]
+)
+def test_options_that_cannot_be(options: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["lm-eval", "--bogus"])
+        main(["lm-eval", *options])
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--bogus" in line
+    assert options[0] in line
+
+
+def test_a_model_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(is_decoder=True, **config)).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((MODELS / "llama" / name).read_bytes())
+    assert (
+        main(["lm-eval", "--tasks", "hf_fuse_text", "--model_args", f"pretrained={tmp_path}"]) == 2
+    )
+    assert "BertLMHeadModel holds no backbone" in capsys.readouterr().err.splitlines()[-1]

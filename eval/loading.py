@@ -18,7 +18,7 @@ from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.decode.spec import DecoderSpec, Unsuited
 from hf_fuse.eval.environment import UsageError
 from hf_fuse.eval.shapes import PREFIX, build_shape
-from hf_fuse.eval.text import Text, TextError, repeat_to_length
+from hf_fuse.eval.text import Text, TextError
 
 MODELS = Path(__file__).resolve().parent / "models"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -95,8 +95,8 @@ def prompts(tokenizer: Any, text: Text, batch_size: int, prompt_length: int) -> 
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(2, 30000, (batch_size, prompt_length), generator=generator)
-    ids = repeat_to_length(encode(tokenizer, text).tolist(), batch_size * prompt_length)
-    return torch.tensor(ids).view(batch_size, prompt_length)
+    ids, count = encode(tokenizer, text), batch_size * prompt_length
+    return ids.repeat(-(-count // len(ids)))[:count].view(batch_size, prompt_length)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import hf_fuse
+from hf_fuse.decode.loop import engine_of
+from hf_fuse.modules import state_of
 
 FP32 = 1e-4
 GREEDY = {"do_sample": False, "disable_compile": True}
@@ -150,3 +152,14 @@ def check_greedy(model: nn.Module, cache: str, new: int = 64) -> None:
         static = whole if cache == "static" else 0
         assert calls["hf_fuse::rotary_cache_"] == new * static
         assert calls["hf_fuse::rotary"] == new * (whole + sliding - static)
+
+
+def steps_taken(model: nn.Module) -> int:
+    """How many tokens the engine selected in the last call; 0 without an engine."""
+    with engine_of(model) as engine:
+        return 0 if engine is None else int(engine.step)
+
+
+def left_to_transformers(model: nn.Module) -> list[str]:
+    """Why calls of `generate` on the patched ForCausalLM ran transformers' own loop."""
+    return [note.removeprefix("generate: ") for note in state_of(model).notes]

@@ -179,8 +179,9 @@ class Case:
             )
             model.generation_config.eos_token_id = None
             return model.to(device).eval()
-        bare = "TextModel" if self.model_type == "gemma3_text" else "Model"
-        name = {"": bare, "ForCausalLM": CAUSAL[self.model_type]}.get(head, head)
+        name = {"": "Model", "ForCausalLM": CAUSAL[self.model_type]}.get(head, head)
+        if self.model_type == "gemma3_text" and name != "ForCausalLM":
+            name = f"Text{name}"
         config = self.config(**changes)
         config._attn_implementation = attention
         torch.manual_seed(seed)

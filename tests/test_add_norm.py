@@ -495,7 +495,9 @@ def test_rms_norm_has_no_bias(name: str, backend: str, device: str) -> None:
 @each_backend
 def test_values_that_are_not_known(backend: str, device: str) -> None:
     x = torch.ones(2, 8, device=device)
-    with pytest.raises(ValueError, match=r"add_norm: kind must be one of rms, layer, .*got 'batch'"):
+    with pytest.raises(
+        ValueError, match=r"add_norm: kind must be one of rms, layer, .*got 'batch'"
+    ):
         add_norm(x, x[0], eps=1e-5, kind="batch", backend=backend)
     with pytest.raises(ValueError, match=r"add_norm: at most 2 deltas, got 3"):
         add_norm(x, x[0], eps=1e-5, kind="rms", deltas=[x, x, x], backend=backend)

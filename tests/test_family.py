@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from answers import check, checkpoint, gradients, logits
+from answers import check, checkpoint, gradients, left_to_transformers, logits, steps_taken
 from helpers import count_ops
 from models import (
     FAMILY,
@@ -16,7 +16,7 @@ from models import (
     norms_of,
     tokens_for,
 )
-from test_generate import GREEDY, compare, left_to_transformers, steps_taken
+from test_generate import GREEDY, compare
 from test_patch import Recorder, deltas_of, residual_adds
 from torch import nn
 from transformers import (

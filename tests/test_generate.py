@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from answers import left_to_transformers, steps_taken
 from helpers import count_ops
 from models import (
     FAMILY,
@@ -44,16 +45,6 @@ from hf_fuse.modules import state_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 NAN = float("nan")
-
-
-def steps_taken(model: nn.Module) -> int:
-    """How many tokens the engine selected in the last call; 0 without an engine."""
-    with engine_of(model) as engine:
-        return 0 if engine is None else int(engine.step)
-
-
-def left_to_transformers(model: nn.Module) -> list[str]:
-    return [note.removeprefix("generate: ") for note in state_of(model).notes]
 
 
 def compare(model: PreTrainedModel, new: int = 24, **inputs: Any) -> Any:

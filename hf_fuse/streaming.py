@@ -27,8 +27,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from hf_fuse.decode.spec import Unsuited, rotation
 from hf_fuse.ops.decode_sinks import rotate
-from hf_fuse.patches import ARCHITECTURES, BY_BACKBONE
-from hf_fuse.patching import UnsupportedModelError
 
 
 class StreamingLayer(DynamicLayer):
@@ -137,7 +135,8 @@ class StreamingCache(Cache):
 
     Raises:
         UnsupportedModelError: for learned positions, frequencies that depend on the length
-            ("dynamic", "longrope"), layers with a sliding window, and unknown models.
+            ("dynamic", "longrope"), layers with a sliding window, Phi 3 (whose cache transformers
+            drops on the way), and unknown models.
         ValueError: for a negative number of sinks, or a window below 1.
 
     Source: Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks.
@@ -162,8 +161,15 @@ def _frequencies(config_or_model: Any) -> list[Tensor | None]:
     if not isinstance(config, PreTrainedConfig):
         kind = type(config_or_model).__name__
         raise TypeError(f"StreamingCache takes a transformers config or model, got {kind}")
+    from hf_fuse.patching import UnsupportedModelError  # whose import needs this module
+
     config = config.get_text_config(decoder=True)
     rotary = _rotary(config, model)
+    if config.model_type == "phi3":
+        raise UnsupportedModelError(
+            "StreamingCache: transformers' generate drops any cache of a phi3 model at "
+            "original_max_position_embeddings tokens"
+        )
     if any(DynamicCache(config=config).is_sliding):
         raise UnsupportedModelError(
             f"StreamingCache: this {config.model_type} model has layers with a sliding window"
@@ -180,6 +186,9 @@ def _frequencies(config_or_model: Any) -> list[Tensor | None]:
 
 def _rotary(config: PreTrainedConfig, model: nn.Module | None) -> Any:
     """The module that has the frequencies: the model's own, or a new one from the config."""
+    from hf_fuse.patches import ARCHITECTURES, BY_BACKBONE
+    from hf_fuse.patching import UnsupportedModelError
+
     known = {a.model_type: a.backbone for a in ARCHITECTURES}
     rotary = {
         name: found

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import LOW, name_of
-from models import FAMILY, GPT2, GPT_NEOX, LLAMA, Case, cases, heads_of_16, tokens_for
+from models import FAMILY, GPT2, GPT_NEOX, LLAMA, Case, cases, heads_of_16, padded, tokens_for
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_fuse
 from hf_fuse import StreamingCache
+from hf_fuse.decode.loop import engine_of
+from hf_fuse.modules import state_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 SINKS, WINDOW, NEW = 4, 24, 60
@@ -26,7 +28,7 @@ OTHERS = tuple(
     Case(c.id, c.model_type, {**c.changes, **NO_WINDOWS})
     for c in FAMILY
     # Gemma's layers always have windows; not all of SmolLM 3's are rotated as the reference does.
-    if c.model_type not in ("gemma2", "gemma3_text", "smollm3")
+    if c.model_type not in ("gemma2", "gemma3_text", "smollm3", "phi3")
 )
 
 
@@ -204,6 +206,157 @@ def test_beams_are_those_of_single_sequences(case: Case, device: str) -> None:
     assert total == pytest.approx(float(out.sequences_scores[0]), abs=1e-3)
 
 
+def on_engine(model: PreTrainedModel, new: int) -> bool:
+    """Whether the last call's `new` tokens were selected by a step that streams."""
+    with engine_of(model) as engine:
+        streamed = engine is not None and engine.rolling is not None
+        notes = [note for note in state_of(model).notes if note.startswith("generate")]
+        return streamed and int(engine.step) >= new and not notes
+
+
+@cases(ROTARY, OTHERS)
+@pytest.mark.parametrize("prompt", [1, 300], ids=lambda n: f"prompt_{n}")
+def test_the_engine_gives_transformers_tokens(case: Case, prompt: int, device: str) -> None:
+    """Through the buffers' 256 or 512 slots, and back to their front."""
+    model = heads_of_16(case).build(device=device)
+    ids = tokens_for(model, 2, prompt)
+    new = 300
+    caches = [StreamingCache(model, SINKS, WINDOW) for _ in range(2)]
+    expected = generate(model, ids, new, caches[0])
+    hf_fuse.patch(model, verify=False)
+    assert generate(model, ids, new, caches[1]).tolist() == expected.tolist()
+    assert on_engine(model, new)
+    compare_caches(*caches)
+
+
+def compare_caches(actual: StreamingCache, expected: StreamingCache) -> None:
+    for a, b in zip(actual.layers, expected.layers, strict=True):
+        assert a.seen == b.seen
+        torch.testing.assert_close(a.keys, b.keys, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a.values, b.values, rtol=1e-3, atol=1e-3)
+
+
+@cases(ROTARY)
+@pytest.mark.parametrize(("sinks", "window"), [(0, 24), (1, 1), (40, 200)], ids=str)
+def test_the_engine_with_other_sinks_and_windows(
+    case: Case, sinks: int, window: int, device: str
+) -> None:
+    model = heads_of_16(case).build(device=device)
+    ids = tokens_for(model, 1, 30)
+    caches = [StreamingCache(model, sinks, window) for _ in range(2)]
+    expected = generate(model, ids, 600, caches[0])
+    hf_fuse.patch(model, verify=False)
+    assert generate(model, ids, 600, caches[1]).tolist() == expected.tolist()
+    assert on_engine(model, 600)
+    compare_caches(*caches)
+
+
+@cases(ROTARY)
+def test_positions_begin_anew(case: Case, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr("hf_fuse.decode.rolling.FARTHEST", 300)
+    model = heads_of_16(case).build(device=device)
+    ids = tokens_for(model, 2, 9)
+    caches = [StreamingCache(model, SINKS, WINDOW) for _ in range(2)]
+    expected = generate(model, ids, 1000, caches[0])
+    hf_fuse.patch(model, verify=False)
+    actual = generate(model, ids, 1000, caches[1])
+    assert actual.tolist() == expected.tolist()
+    assert on_engine(model, 1000)
+    with engine_of(model) as engine:
+        assert engine.rolling.rebased > 300
+        assert int(engine.length - engine.start.min()) < 300 + engine.capacity
+    compare_caches(*caches)
+
+
+@cases(ROTARY)
+@pytest.mark.parametrize("calls", [(5, 22, 3, 40, 300), (1, 1, 1)], ids=str)
+def test_the_engine_continues_a_cache(case: Case, calls: tuple[int, ...], device: str) -> None:
+    """With the other's tokens, and some of the caller's between the calls."""
+    model = heads_of_16(case).build(device=device)
+
+    def answers(cache: StreamingCache) -> list[list[int]]:
+        ids, found = tokens_for(model, 1, 6), []
+        for new in calls:
+            ids = generate(model, ids, new, cache)
+            found.append(ids[0].tolist())
+            ids = torch.cat([ids, tokens_for(model, 1, 2)], -1)
+        return found
+
+    expected = answers(StreamingCache(model, SINKS, WINDOW))
+    hf_fuse.patch(model, verify=False)
+    assert answers(StreamingCache(model, SINKS, WINDOW)) == expected
+    assert on_engine(model, calls[-1])
+
+
+def test_a_cache_goes_to_the_engine_and_back(device: str) -> None:
+    """Half of the text by transformers, half by the engine, each on the other's cache."""
+    model = heads_of_16(LLAMA).build(device=device)
+    ids = tokens_for(model, 2, 6)
+    whole = generate(model, ids, 400, StreamingCache(model, SINKS, WINDOW))
+    cache = StreamingCache(model, SINKS, WINDOW)
+    for first in (True, False):
+        for new in (100, 100):
+            with hf_fuse.patched(model) if first else hf_fuse.patched(model, ops={"rotary"}):
+                ids = generate(model, ids, new, cache)
+    assert ids.tolist() == whole.tolist()
+
+
+@cases(ROTARY)
+def test_sequences_that_end_before_leave_the_cache_right(case: Case, device: str) -> None:
+    """On a GPU the engine is then a step further than what it hands back."""
+    model = heads_of_16(case).build(device=device)
+    ids = tokens_for(model, 1, 9)
+    free = generate(model, ids, 60, StreamingCache(model, SINKS, WINDOW))[0, 9:].tolist()
+    ends = [n for n in range(10, 60) if free[n] not in free[:n]]
+    end = min(ends, key=lambda n: abs(n - 18), default=None)
+    assert end is not None
+    caches = [StreamingCache(model, SINKS, WINDOW) for _ in range(2)]
+    expected = generate(model, ids, 60, caches[0], eos_token_id=free[end])
+    hf_fuse.patch(model, verify=False)
+    actual = generate(model, ids, 60, caches[1], eos_token_id=free[end])
+    assert actual.tolist() == expected.tolist()
+    assert actual.shape[1] == 9 + end + 1
+    compare_caches(*caches)
+
+
+def test_sampling_gives_the_unpatched_models_tokens(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    ids, found = tokens_for(model, 2, 9), []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model, verify=False)
+        torch.manual_seed(3)
+        cache = StreamingCache(model, SINKS, WINDOW)
+        found.append(generate(model, ids, 80, cache, do_sample=True, top_k=20).tolist())
+    assert found[0] == found[1]
+    assert on_engine(model, 79)  # on a CPU the last one is not put
+
+
+def test_the_engine_is_built_once_for_a_window(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    hf_fuse.patch(model, verify=False)
+    engines = []
+    for window, new in ((24, 200), (24, 20), (24, 700), (30, 20)):
+        generate(model, tokens_for(model, 1, 9), new, StreamingCache(model, SINKS, window))
+        with engine_of(model) as engine:
+            engines.append(engine)
+    plain = model.generate(input_ids=tokens_for(model, 1, 9), max_new_tokens=20, **GREEDY)
+    hf_fuse.unpatch(model)
+    again = model.generate(input_ids=tokens_for(model, 1, 9), max_new_tokens=20, **GREEDY)
+    assert plain.tolist() == again.tolist()
+    assert engines[0] is engines[1]
+    assert len({id(e) for e in engines}) == 3  # more steps, another window
+    assert {e.capacity for e in engines} == {256}
+
+
+def test_padding_is_refused(device: str) -> None:
+    model = heads_of_16(LLAMA).build(device=device)
+    hf_fuse.patch(model, verify=False)
+    inputs = padded(tokens_for(model, 2, 9), "left")
+    with pytest.raises(ValueError, match="StreamingCache takes no padding"):
+        model.generate(**inputs, max_new_tokens=5, past_key_values=StreamingCache(model), **GREEDY)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "learned_positions": (GPT2.config(), "gpt2 has learned positions; known .*gpt_neox"),
     "unknown": (
@@ -213,6 +366,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "sliding": (
         next(c for c in FAMILY if c.id == "mistral").config(),
         "mistral model has layers with a sliding window",
+    ),
+    "phi3": (
+        next(c for c in FAMILY if c.id == "phi3").config(),
+        "transformers' generate drops any cache of a phi3 model",
     ),
     "dynamic": (
         LLAMA.config(

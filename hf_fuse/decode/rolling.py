@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -126,6 +126,7 @@ class Rolling:
                 sinks = [self.sink_keys, self.sink_values]
             keys = torch.cat([sinks[0], window], 3)
             values = torch.cat([sinks[1], self._slots(self.values, begin, end)], 3)
+        layer: Any  # a StreamingLayer
         for layer, k, v in zip(cache.layers, keys, values, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(k, v)

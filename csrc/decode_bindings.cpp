@@ -193,9 +193,9 @@ void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cac
 
 // A norm's weight, [size] and like `like`; null without one.
 const void* norm_weight_of(const char* op, const char* name, const OptionalTensor& weight,
-                           int64_t size, const Tensor& like) {
+                           int64_t size, const Tensor& like, const char* like_name = "out") {
   if (!weight) return nullptr;
-  check_like(op, name, *weight, "out", like);
+  check_like(op, name, *weight, like_name, like);
   if (weight->dim() != 1 || weight->size(0) != size || !weight->is_contiguous())
     fail(op, ": ", name, " must be [", size, "], got ", shape_of(*weight));
   return weight->data_ptr();
@@ -250,8 +250,8 @@ void decode_head_norm(Tensor qkv, Tensor q_weight, Tensor k_weight, int64_t q_wi
     if (size < 1 || size > kMaxNormSize || width % size)
       fail(op, ": the size of ", name, " must divide its ", width, " and be at most ", kMaxNormSize,
            ", got ", size);
-  p.q_weight = norm_weight_of(op, "q_weight", q_weight, p.q_size, q_weight);
-  p.k_weight = norm_weight_of(op, "k_weight", k_weight, p.k_size, q_weight);
+  p.q_weight = norm_weight_of(op, "q_weight", q_weight, p.q_size, q_weight, "q_weight");
+  p.k_weight = norm_weight_of(op, "k_weight", k_weight, p.k_size, q_weight, "q_weight");
   p.eps = static_cast<float>(eps), p.offset = static_cast<float>(offset);
   p.qkv = static_cast<float*>(qkv.data_ptr());
   if (qkv.numel() == 0 || q_width + k_width == 0) return;

@@ -9,7 +9,14 @@ from typing import Any
 
 from hf_fuse.eval.decode import DecodeResult, evaluate_decode
 from hf_fuse.eval.environment import UsageError, device_name
-from hf_fuse.eval.loading import default_device, encode, load_model, prompts, tiny_models
+from hf_fuse.eval.loading import (
+    check_patchable,
+    default_device,
+    encode,
+    load_model,
+    prompts,
+    tiny_models,
+)
 from hf_fuse.eval.perplexity import PerplexityResult, evaluate_perplexity
 from hf_fuse.eval.report import (
     change,
@@ -77,6 +84,7 @@ def run_demo(
 def measure(name: str, *, device: str, dtype: str, backend: str) -> DemoRow:
     """Perplexity over the held-out text, then decoding from its beginning."""
     model, tokenizer = load_model(name, dtype=dtype, device=device, progress=False)
+    check_patchable(model, backend=backend, verify=False)
     text = pydoc_text("held-out")
     ids = encode(tokenizer, text)
     perplexity = evaluate_perplexity(model, ids, context=CONTEXT, stride=STRIDE, backend=backend)

@@ -11,6 +11,7 @@ Importing this module registers the name, for lm-eval's own functions:
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 
 import hf_fuse
-from hf_fuse.cli import OneLineParser
+from hf_fuse.cli import OneLineParser, not_empty
 from hf_fuse.eval.environment import UsageError, without_folder
-from hf_fuse.eval.loading import default_device, first_line, resolve
+from hf_fuse.eval.loading import checked_device, first_line, resolve
 from hf_fuse.eval.report import prepare_outputs, table, write_result
 
 TASKS = Path(__file__).resolve().parent / "tasks"
@@ -170,13 +171,23 @@ def _own_parser() -> argparse.ArgumentParser:
         help="also without hf_fuse; exit code 1 when a metric differs by more than the tolerance",
     )  # fmt: skip
     parser.add_argument(
-        "--tolerance", type=float, metavar="X",
+        "--tolerance", type=_tolerance, metavar="X",
         help="relative; default 1e-5 in float32, else 5e-4",
     )  # fmt: skip
-    parser.add_argument("--text", metavar="FILE", help="what the task hf_fuse_text scores")
-    parser.add_argument("--json", metavar="FILE", help="with --compare: save numbers")
-    parser.add_argument("--html", metavar="FILE", help="with --compare: save a page")
+    parser.add_argument(
+        "--text", metavar="FILE", type=not_empty, help="what the task hf_fuse_text scores"
+    )
+    for option, what in (("--json", "numbers"), ("--html", "a page")):
+        parser.add_argument(
+            option, metavar="FILE", type=not_empty, help=f"with --compare: save {what}"
+        )
     return parser
+
+
+def _tolerance(value: str) -> float:
+    if not float(value) >= 0:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 0 up")
+    return float(value)
 
 
 def _their_arguments(own: argparse.Namespace, rest: Sequence[str]) -> argparse.Namespace:
@@ -186,8 +197,12 @@ def _their_arguments(own: argparse.Namespace, rest: Sequence[str]) -> argparse.N
     arguments = parser.parse_args(["run", "--model", "hf-fuse", *rest])
     if arguments.model != "hf-fuse":
         raise UsageError(f"lm-eval: the model is hf-fuse, got --model {arguments.model}")
-    if arguments.device is None:
-        arguments.device = default_device()
+    arguments.device = str(checked_device(arguments.device))  # HFLM goes on without the device
+    size = str(getattr(arguments, "batch_size", 1))
+    if not re.fullmatch(r"auto(:\d+)?|[1-9]\d*", size):
+        raise UsageError(
+            f"lm-eval: --batch_size must be a number from 1 up or auto[:N], got {size}"
+        )
     if arguments.include_path is None:
         arguments.include_path = str(TASKS)
     if own.text:

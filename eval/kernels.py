@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_fuse import ops
-from hf_fuse.eval.environment import device_name
+from hf_fuse.eval.environment import UsageError, device_name
 from hf_fuse.eval.report import table, write_result
 from hf_fuse.ops.add_norm import reference as add_norm_reference
 from hf_fuse.ops.rotary import reference as rotary_reference
@@ -467,6 +467,8 @@ def run(
     else:
         result = {"cases": [row for row in measure_on_cpu() if only in row["case"]]}
         print(device_name("cpu"))
+    if not result["cases"]:
+        raise UsageError(f"no case has {only!r} in its name")
     print(show(result["cases"]))
     write_result(
         "kernels", result, device="cuda" if torch.cuda.is_available() else "cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 import hf_fuse
 from hf_fuse.decode.loop import Generates
+from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.decode.spec import DecoderSpec, Unsuited
 from hf_fuse.eval.environment import UsageError
 from hf_fuse.eval.shapes import PREFIX, build_shape
-from hf_fuse.eval.text import Text, TextError, repeat_to_length
+from hf_fuse.eval.text import Text, TextError
 
 MODELS = Path(__file__).resolve().parent / "models"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,7 +54,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    target = _device(device)
+    target = checked_device(device)
     if name.startswith(PREFIX):
         return build_shape(name.removeprefix(PREFIX), dtype, target), None
     path = resolve(name)
@@ -93,14 +95,18 @@ def prompts(tokenizer: Any, text: Text, batch_size: int, prompt_length: int) -> 
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(2, 30000, (batch_size, prompt_length), generator=generator)
-    ids = repeat_to_length(encode(tokenizer, text).tolist(), batch_size * prompt_length)
-    return torch.tensor(ids).view(batch_size, prompt_length)
+    ids, count = encode(tokenizer, text), batch_size * prompt_length
+    return ids.repeat(-(-count // len(ids)))[:count].view(batch_size, prompt_length)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's name where it has none."""
+    """The first line of an error's message, with what follows its colon; the error's name where it
+    has none, or only a key.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines or isinstance(error, KeyError):
+        return " ".join([type(error).__name__, *lines[:1]])
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager
@@ -126,15 +132,16 @@ def resolve(name: str) -> str:
     UsageError for a folder or a tiny model that is not there.
     """
     tiny = tiny_models()
-    if name in tiny and not Path(name).exists():
+    exists = os.path.exists(os.path.expanduser(name))  # a Path raises for a name that is too long
+    if name in tiny and not exists:
         return str(tiny[name])
-    if name.startswith("tiny-") and "/" not in name and not Path(name).exists():
+    if name.startswith("tiny-") and "/" not in name and not exists:
         raise UsageError(f"there is no tiny model {name}; there are {', '.join(tiny)}")
     path = Path(name).expanduser()
     looks_like_a_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if looks_like_a_path and not path.exists():
+    if looks_like_a_path and not exists:
         raise UsageError(f"there is no model folder {name}")
-    return str(path) if path.exists() else name
+    return str(path) if exists else name
 
 
 def _check_architecture(name: str, config: Any) -> None:
@@ -146,7 +153,8 @@ def _check_architecture(name: str, config: Any) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device:
+def checked_device(name: str | None) -> torch.device:
+    """The device of that name, or the default one. Raises UsageError where it is not there."""
     try:
         device = torch.device(name or default_device())
     except RuntimeError as error:
@@ -165,8 +173,6 @@ def decoder_spec_of(model: nn.Module) -> DecoderSpec:
     try:
         if not isinstance(model, Generates):
             raise Unsuited("the op decode was left out, or the model has no language head")
-        spec = model.decoder_spec()
-        spec.check()
+        return spec_of(model)
     except Unsuited as error:
         raise UsageError(f"the decode engine does not take this model: {error}") from error
-    return spec

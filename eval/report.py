@@ -141,8 +141,8 @@ def change(percent: float) -> str:
 def prepare_output(path: str | Path) -> Path:
     """Make the folder of a file to be written. Raises UsageError where the file cannot be."""
     path = Path(path)
-    new = not path.exists()
     try:
+        new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
         if new:  # nothing stays behind if the work to come fails

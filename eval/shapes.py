@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 from transformers import PretrainedConfig as Config
 
 from hf_fuse.eval.environment import UsageError
@@ -82,6 +90,25 @@ SHAPES: dict[str, tuple[type[Config], dict[str, Any]]] = {
             "num_attention_heads": 12,
         },
     ),
+    "mistral-7b": (
+        MistralConfig,  # its defaults are v0.1's, sliding window included
+        {"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "qwen3-1.7b": (
+        Qwen3Config,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma-2-2b": (Gemma2Config, {}),  # its defaults
     "gpt2-xl": (GPT2Config, {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
     "gpt2": (GPT2Config, {}),
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -112,14 +111,6 @@ def dataset_text(name: str, max_characters: int = 4_000_000) -> Text:
         parts.append(row["text"])
         characters += len(row["text"])
     return Text(f"{name} ({rows.split})", "\n\n".join(part for part in parts if part.strip()))
-
-
-def repeat_to_length(token_ids: list[int], length: int) -> list[int]:
-    """The first `length` token ids, starting over at the end of a text that is too short."""
-    if not token_ids:
-        raise TextError("the text has no tokens")
-    repeats = -(-length // len(token_ids))
-    return list(chain.from_iterable([token_ids] * repeats))[:length]
 
 
 def _words(paragraph: str) -> str:

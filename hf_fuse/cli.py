@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hf-fuse: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print("hf-fuse: there is not enough memory for this", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -118,7 +123,10 @@ def _tpot(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from hf_fuse.eval.demo import run_demo
+    from hf_fuse.eval.report import prepare_output
 
+    for path in (arguments.json, arguments.png):
+        prepare_output(path)
     rows = run_demo(
         device=arguments.device,
         dtype=arguments.dtype,
@@ -160,12 +168,20 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 
 def _step(arguments: argparse.Namespace) -> int:
-    from hf_fuse.eval.loading import load_model
+    from hf_fuse.eval.environment import UsageError
+    from hf_fuse.eval.loading import check_patchable, load_model
     from hf_fuse.eval.report import prepare_outputs
-    from hf_fuse.eval.step import measure_step, step_table
+    from hf_fuse.eval.step import ROOM, measure_step, step_table
 
     prepare_outputs(arguments.json, arguments.html)
     model, _ = load_model(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    positions = _positions(model)
+    if arguments.context + ROOM > positions:
+        raise UsageError(
+            f"--context must be at most {positions - ROOM}, {ROOM} below the model's positions, "
+            f"got {arguments.context}"
+        )
+    check_patchable(model, backend=arguments.backend, verify=False)
     result = measure_step(
         model,
         batch_size=arguments.batch_size,
@@ -221,7 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     ppl.add_argument("--no-reference", action="store_true", help="skip the fp32 reference")
 
     kernels = _command(commands, "kernels", _kernels, "each op against its ceiling and its peers")
-    kernels.add_argument("--json", metavar="FILE", help="write the results with their provenance")
+    kernels.add_argument(
+        "--json", metavar="FILE", type=not_empty, help="write the results with their provenance"
+    )
     _html_option(kernels)
     kernels.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
 
@@ -268,15 +286,22 @@ def _command(
 def _model_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
     tiny = "tiny-llama, tiny-gpt_neox, tiny-gpt2"
     parser.add_argument(
-        "model", metavar="MODEL", help=f"a folder, a hub name, or one of {tiny}{more}"
+        "model",
+        metavar="MODEL",
+        type=not_empty,
+        help=f"a folder, a hub name, or one of {tiny}{more}",
     )
 
 
 def _model_options(parser: argparse.ArgumentParser, more: str = "") -> None:
     _model_argument(parser, more)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="a UTF-8 text; default Python's own manual")
-    source.add_argument("--dataset", metavar="NAME", help="of the hub, owner/name[:config]")
+    source.add_argument(
+        "--text", metavar="FILE", type=not_empty, help="a UTF-8 text; default Python's own manual"
+    )
+    source.add_argument(
+        "--dataset", metavar="NAME", type=not_empty, help="of the hub, owner/name[:config]"
+    )
     parser.add_argument("--ops", metavar="A,B", help="fuse only these ops, for example add_norm")
     _run_options(parser, dtype="auto", json=None, png=None)
 
@@ -285,21 +310,27 @@ def _run_options(
     parser: argparse.ArgumentParser, *, dtype: str, json: str | None, png: str | None
 ) -> None:
     _device_options(parser, dtype=dtype, json=json)
-    parser.add_argument("--png", metavar="FILE", default=png, help=f"save a picture; default {png}")
+    parser.add_argument(
+        "--png", metavar="FILE", type=not_empty, default=png, help=f"save a picture; default {png}"
+    )
 
 
 def _device_options(parser: argparse.ArgumentParser, *, dtype: str, json: str | None) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, default=dtype, help=f"default {dtype}")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one")
+    parser.add_argument(
+        "--device", type=not_empty, help="cpu, cuda or cuda:N; default cuda where there is one"
+    )
     parser.add_argument("--backend", choices=_BACKENDS, default="auto", help="default auto")
     parser.add_argument(
-        "--json", metavar="FILE", default=json, help=f"save numbers; default {json}"
+        "--json", metavar="FILE", type=not_empty, default=json, help=f"save numbers; default {json}"
     )
     _html_option(parser)
 
 
 def _html_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--html", metavar="FILE", help="save a page with plots, one file")
+    parser.add_argument(
+        "--html", metavar="FILE", type=not_empty, help="save a page with plots, one file"
+    )
 
 
 def _count(
@@ -318,6 +349,13 @@ def _counts(parser: argparse.ArgumentParser, option: str, default: int, text: st
 
     shown = f"{text}: 1,2,4; default {default}"
     parser.add_argument(option, type=counts, default=[default], metavar="N", help=shown)
+
+
+def not_empty(value: str) -> str:
+    """A name or a file as an option's value: an unset variable of a script is not one."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return value
 
 
 def _whole_number(value: str, least: int) -> int:
@@ -401,6 +439,12 @@ def _is_usage_error(error: ValueError) -> bool:
     from hf_fuse.eval.environment import UsageError
 
     return isinstance(error, UsageError)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from hf_fuse.decode.engine import out_of_memory
+
+    return isinstance(error, MemoryError) or out_of_memory(error)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import transformers
 from torch import nn
 
 from hf_fuse import jit
+from hf_fuse.decode.loop import Generates
+from hf_fuse.decode.obstacles import off_engine
 from hf_fuse.modules import STATE, Fused
 from hf_fuse.patches import BY_BACKBONE
 
@@ -54,6 +56,7 @@ class Report:
     unknown_sources: tuple[str, ...] = ()
     modules: tuple[FusedModule, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)  # module -> why
+    off_engine: dict[str, str] = field(default_factory=dict)  # what keeps generate off it -> why
     left_to_transformers: dict[str, int] = field(default_factory=dict)  # reason -> calls
     failures: dict[str, str] = field(default_factory=dict)  # backend -> why it is not there
     versions: dict[str, str] = field(default_factory=dict)
@@ -81,6 +84,10 @@ class Report:
             where = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
             lines.append(f"  {op:<10} {original} -> {fused} on {backend}: {where}")
         lines += self._left_alone()
+        lines += [
+            f"  keeps generate off the decode engine: {reason}: {', '.join(names)}"
+            for reason, names in _by_reason(self.off_engine).items()
+        ]
         lines += [
             f"  left to transformers: {reason} ({count} calls)"
             for reason, count in self.left_to_transformers.items()
@@ -125,7 +132,7 @@ def build_report(model: nn.Module) -> Report:
     if not records:
         return Report(name, patched=False, skipped=refused)
     first = next(iter(records.values()))
-    modules, notes = [], Counter[str]()
+    modules, notes, outside = [], Counter[str](), dict[str, str]()
     for path, module in model.named_modules():
         state = module.__dict__.get(STATE)
         if state is not None:
@@ -136,8 +143,10 @@ def build_report(model: nn.Module) -> Report:
                 )
             )
             notes.update(state.notes)
+        if isinstance(module, Generates):
+            outside |= {_joined(path, part): why for part, why in off_engine(module).items()}
     skipped = refused | {
-        ".".join(filter(None, (prefix, path))): f"{op}: {reason}"
+        _joined(prefix, path): f"{op}: {reason}"
         for prefix, record in records.items()
         for path, (op, reason) in record.skipped.items()
     }
@@ -150,10 +159,15 @@ def build_report(model: nn.Module) -> Report:
         unknown_sources=first.unknown_sources,
         modules=tuple(modules),
         skipped=skipped,
+        off_engine=outside,
         left_to_transformers=dict(notes),
         failures={backend: str(error) for backend, error in jit.failures.items()},
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
+
+
+def _joined(prefix: str, path: str) -> str:
+    return ".".join(filter(None, (prefix, path)))
 
 
 def _backend(module: nn.Module, state: Fused) -> str:

@@ -34,15 +34,14 @@ class Snapshot:
 
 def snapshot(backbone: nn.Module) -> Snapshot | None:
     """Run the check's input. None when there is nothing to run on (meta parameters)."""
-    embeddings: Any = backbone.get_input_embeddings()  # type: ignore[operator]
-    weight = embeddings.weight
+    weight: Any = backbone.get_input_embeddings().weight  # type: ignore[operator]
     offloaded = any(hasattr(m, "_hf_hook") for m in backbone.modules())  # accelerate brings them
     if any(p.is_meta for p in backbone.parameters()) and not offloaded:
         return None
     device = torch.device("cpu") if weight.is_meta else weight.device
     generator = torch.Generator().manual_seed(0)
     size = (BATCH, LENGTH)
-    tokens = torch.randint(embeddings.num_embeddings, size, generator=generator).to(device)
+    tokens = torch.randint(len(weight), size, generator=generator).to(device)
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0  # left padding, so that masked rows are compared too
     with _undisturbed(backbone), torch.no_grad():

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import count_ops, largest_error, relative_error, strange
-from models import architecture_of, layers_of, padded, tokens_for
+from models import architecture_of, layers_of, norms_of, padded, tokens_for
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import hf_fuse
+from hf_fuse.decode.loop import engine_of
+from hf_fuse.modules import state_of
 
 FP32 = 1e-4
 GREEDY = {"do_sample": False, "disable_compile": True}
@@ -104,9 +106,22 @@ def generate(model: nn.Module, ids: Tensor, new: int = 64, **options: Any) -> Te
 
 
 def norm_calls(model: nn.Module) -> int:
-    """How many add_norm calls one forward of a patched model makes."""
+    """How many add_norm calls one forward of a patched model makes: one a norm, or a pair."""
     parallel = getattr(layers_of(model)[0], "use_parallel_residual", False)
-    return (1 if parallel else 2) * len(layers_of(model)) + 1
+    return len(layers_of(model)) + 1 if parallel else len(norms_of(model))
+
+
+def rotated(model: nn.Module, whole: bool) -> int:
+    """How many layers have rotary positions and see all tokens, or only a window of them."""
+    attentions = [getattr(layer, "self_attn", layer) for layer in layers_of(model)]
+    of_all = getattr(model.config, "sliding_window", None) is not None
+    types = getattr(model.config, "layer_types", None) or [
+        "sliding_attention" if of_all else "full_attention" for _ in attentions
+    ]
+    return sum(
+        getattr(a, "use_rope", True) and (kind == "full_attention") == whole
+        for a, kind in zip(attentions, types, strict=True)
+    )
 
 
 def check_forward(model: nn.Module) -> None:
@@ -133,5 +148,18 @@ def check_greedy(model: nn.Module, cache: str, new: int = 64) -> None:
     assert actual.shape[1] == ids.shape[1] + new
     assert calls["hf_fuse::add_norm"] == new * norm_calls(model)
     if "rotary" in architecture_of(model).ops:
-        name = "rotary_cache_" if cache == "static" else "rotary"
-        assert calls[f"hf_fuse::{name}"] == new * len(layers_of(model))
+        whole, sliding = (rotated(model, whole=w) for w in (True, False))
+        static = whole if cache == "static" else 0
+        assert calls["hf_fuse::rotary_cache_"] == new * static
+        assert calls["hf_fuse::rotary"] == new * (whole + sliding - static)
+
+
+def steps_taken(model: nn.Module) -> int:
+    """How many tokens the engine selected in the last call; 0 without an engine."""
+    with engine_of(model) as engine:
+        return 0 if engine is None else int(engine.step)
+
+
+def left_to_transformers(model: nn.Module) -> list[str]:
+    """Why calls of `generate` on the patched ForCausalLM ran transformers' own loop."""
+    return [note.removeprefix("generate: ") for note in state_of(model).notes]

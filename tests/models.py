@@ -9,6 +9,7 @@ greedy token is not a tie.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from typing import Any
 
 import pytest
@@ -112,17 +113,18 @@ TINY |= {
         **_FAMILY,
         "query_pre_attn_scalar": 20,
         "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
         **_SLIDING,
     },
     "gemma3_text": {
         **_FAMILY,
         "query_pre_attn_scalar": 20,
-        "final_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
         "use_bidirectional_attention": False,
         **_SLIDING,
     },
 }
+FAMILY_TYPES = tuple(TINY)[3:]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -135,7 +137,9 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "llama": {"attention_dropout": 0.2},
     "gpt_neox": {"attention_dropout": 0.2, "hidden_dropout": 0.2},
     "gpt2": {"attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2},
+    **{name: {"attention_dropout": 0.2} for name in FAMILY_TYPES},
 }
+DROPOUT["phi3"]["resid_pdrop"] = 0.2
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ class Case:
     def config(self, **changes: Any) -> PretrainedConfig:
         """The config, with `changes` on top."""
         values = {**NO_END, **TINY[self.model_type], **self.changes, **changes}
+        for name in {"layer_types", "no_rope_layers"} & values.keys():  # one for each layer
+            values[name] = list(islice(cycle(values[name]), values["num_hidden_layers"]))
         name = "Gemma3Text" if self.model_type == "gemma3_text" else CLASSES[self.model_type]
         return getattr(transformers, f"{name}Config")(**values)
 
@@ -173,8 +179,9 @@ class Case:
             )
             model.generation_config.eos_token_id = None
             return model.to(device).eval()
-        bare = "TextModel" if self.model_type == "gemma3_text" else "Model"
-        name = {"": bare, "ForCausalLM": CAUSAL[self.model_type]}.get(head, head)
+        name = {"": "Model", "ForCausalLM": CAUSAL[self.model_type]}.get(head, head)
+        if self.model_type == "gemma3_text" and name != "ForCausalLM":
+            name = f"Text{name}"
         config = self.config(**changes)
         config._attn_implementation = attention
         torch.manual_seed(seed)
@@ -191,9 +198,7 @@ GPT2 = Case("gpt2", "gpt2")
 PLAIN = (LLAMA, GPT_NEOX, GPT2)
 # LLaMA's relatives. Gemma 2's scores are capped, which only eager attention does on a CPU.
 FAMILY = tuple(
-    Case(name, name, attention="eager" if name == "gemma2" else "sdpa")
-    for name in TINY
-    if name not in {c.model_type for c in PLAIN}
+    Case(name, name, attention="eager" if name == "gemma2" else "sdpa") for name in FAMILY_TYPES
 )
 
 GPT_NEOX_SERIAL = Case("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False})

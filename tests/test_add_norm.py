@@ -26,7 +26,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from hf_fuse.ops.add_norm import add_norm, reference
+from hf_fuse.ops.add_norm import KINDS, add_norm, reference
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -53,11 +53,17 @@ VARIANTS = [
     for inputs in (1, 2, 3)
     for norms in (1, 2)
 ]
+VARIANTS += [
+    Variant(kind, inputs, norms)
+    for kind in ("rms_once", "rms_offset")
+    for inputs, norms in ((1, 1), (2, 1), (3, 2))
+]
 FEW = [
     Variant("rms"),
     Variant("rms", 2),
     Variant("layer", 1, 2, True),
     Variant("layer", 3, 2, True),
+    Variant("rms_offset", 2),
 ]
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 few_variants = pytest.mark.parametrize("variant", FEW, ids=str)
@@ -336,7 +342,7 @@ def test_gradients_of_strange_rows_stay_in_their_rows(variant: Variant, device: 
 
 
 def op_arguments(args: Args, stats: bool) -> tuple:
-    return (*args.tensors, args.variant.eps, args.variant.kind == "rms", stats)
+    return (*args.tensors, args.variant.eps, KINDS.index(args.variant.kind), stats)
 
 
 @few_variants
@@ -361,7 +367,7 @@ def test_opcheck_backward(variant: Variant, device: str) -> None:
     )
     saved = (x if residual is None else residual, weight, weight2, mean, rstd)
     bias = variant.bias
-    flags = (variant.kind == "rms", bias, bias and variant.norms == 2)
+    flags = (KINDS.index(variant.kind), bias, bias and variant.norms == 2)
     torch.library.opcheck(ops.add_norm_backward.default, (*grads, *saved, *flags))
 
 
@@ -489,7 +495,9 @@ def test_rms_norm_has_no_bias(name: str, backend: str, device: str) -> None:
 @each_backend
 def test_values_that_are_not_known(backend: str, device: str) -> None:
     x = torch.ones(2, 8, device=device)
-    with pytest.raises(ValueError, match=r"add_norm: kind must be 'rms' or 'layer', got 'batch'"):
+    with pytest.raises(
+        ValueError, match=r"add_norm: kind must be one of rms, layer, .*got 'batch'"
+    ):
         add_norm(x, x[0], eps=1e-5, kind="batch", backend=backend)
     with pytest.raises(ValueError, match=r"add_norm: at most 2 deltas, got 3"):
         add_norm(x, x[0], eps=1e-5, kind="rms", deltas=[x, x, x], backend=backend)

@@ -196,6 +196,20 @@ def test_demo_fails_where_answers_differ(monkeypatch):
         (["ppl", "tiny-gpt2", "--ops", "add_norm", "--through", "decode"], "decode was left out"),
         (["ppl", "shape:gpt2"], "shape:gpt2 has random weights and no tokenizer"),
         (["demo", "--device", "cuda:99"], "cuda:99"),
+        (["demo", "--backend", "cuda", "--device", "cpu"], "backend 'cuda' was asked for"),
+        (["ppl", "x" * 5000], "cannot load the model xxx"),
+        (["ppl", "tiny-llama", "--json", "y" * 300], "File name too long"),
+        (["ppl", "tiny-llama", "--json", ""], "--json: it is empty"),
+        (["ppl", "tiny-llama", "--text", ""], "--text: it is empty"),
+        (["tpot", "tiny-llama", "--device", " "], "--device: it is empty"),
+        (["tpot", ""], "MODEL: it is empty"),
+        (["tpot", "tiny-llama", "--json", "/"], "cannot write /"),
+        (["step", "tiny-llama", "--backend", "cuda", *FAST], "backend 'cuda' was asked for"),
+        (["step", "tiny-gpt2", "--context", "193"], "--context must be at most 192, 64 below"),
+        (["step", "tiny-llama", "--batch-size", "-1"], "'-1' is not a whole number from 1 up"),
+        (["step", "no such/model!"], "cannot load the model no such/model!"),
+        (["demo", "--json", "/dev/null/demo.json"], "cannot write /dev/null/demo.json"),
+        (["doctor", "twice"], "unrecognized arguments: twice"),
         (["paint"], "invalid choice: 'paint'"),
         ([], "COMMAND"),
     ],
@@ -218,13 +232,59 @@ def test_name_that_the_hub_does_not_know_is_one_line(monkeypatch, capsys):
     assert "cannot load the model no-such/model-of-the-hub" in line
 
 
-def test_folder_without_weights_is_one_line(tmp_path, capsys):
+BROKEN = {
+    "no config": ({"config.json": None}, "Should have a `model_type` key"),
+    "no type": ({"config.json": b"{}"}, "Should have a `model_type` key"),
+    "unknown type": ({"config.json": b'{"model_type": "unheard_of"}'}, "model type `unheard_of`"),
+    "config that is no JSON": ({"config.json": b"{no"}, "not a valid JSON file"),
+    "binary config": ({"config.json": bytes(range(256))}, "not a valid JSON file"),
+    "no weights": ({"model.safetensors": None}, "model.safetensors"),
+    "empty weights": ({"model.safetensors": b""}, "header too small"),
+    "corrupt weights": ({"model.safetensors": b"garbage" * 99}, "deserializing header"),
+    "no tokenizer": ({"tokenizer.json": None, "tokenizer_config.json": None}, "(1) a `tokenizers`"),
+    "strange tokenizer": ({"tokenizer.json": b"{}"}, "KeyError 'added_tokens'"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_model_folder_is_one_line(what, tmp_path, capsys):
     from hf_fuse.eval.loading import tiny_models
 
-    source = tiny_models()["tiny-llama"]
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((source / name).read_bytes())
-    assert "cannot load the model" in error_of(capsys, "tpot", str(tmp_path))
+    changes, message = BROKEN[what]
+    for file in tiny_models()["tiny-llama"].iterdir():
+        content = changes.get(file.name, file.read_bytes())
+        if content is not None:
+            (tmp_path / file.name).write_bytes(content)
+    for command in ("ppl", "tpot", "step"):
+        line = error_of(capsys, command, str(tmp_path))
+        assert "cannot load the model" in line
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\x00\x80", "not UTF-8"), (b" \n ", "holds no text"), (b"a", "fewer than 2 tokens")],
+    ids=["binary", "blank", "short"],
+)
+def test_a_text_that_is_none_is_one_line(content, message, tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(content)
+    options = ["--text", str(tmp_path / "a.txt"), *FAST]
+    for command in ("ppl", "tpot"):
+        assert message in error_of(capsys, command, "tiny-llama", *options)
+    assert "Is a directory" in error_of(capsys, "ppl", "tiny-llama", "--text", str(tmp_path))
+
+
+def test_no_kernel_of_that_name_is_one_line(monkeypatch, capsys):
+    from hf_fuse.eval import kernels
+
+    monkeypatch.setattr(kernels, "measure_on_cpu", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no case has 'softmax' in its name" in error_of(capsys, "kernels", "--only", "softmax")
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_supported", lambda _: torch.empty(10**15))
+    assert "not enough memory" in error_of(capsys, "supported")
 
 
 def test_unwritable_result_is_one_line(tmp_path, capsys):

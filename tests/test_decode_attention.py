@@ -41,6 +41,8 @@ class Attention:
     inv_freq: Tensor | None = None
     rope_scale: float = 1.0
     interleaved: bool = False
+    window: int = 0
+    softcap: float = 0.0
 
     def __call__(
         self, function: Callable[..., None] = decode_attention, **options: Any
@@ -52,7 +54,7 @@ class Attention:
         function(
             out, self.qkv, keys, values, self.length, self.start, scaling=self.scaling,
             inv_freq=self.inv_freq, rope_scale=self.rope_scale, interleaved=self.interleaved,
-            **options,
+            window=self.window, softcap=self.softcap, **options,
         )  # fmt: skip
         return out, keys, values
 
@@ -171,6 +173,49 @@ def test_attention_rotations(
     ).check()  # fmt: skip
 
 
+@few_dtypes
+@pytest.mark.parametrize("group", [1, 2, 8])
+@pytest.mark.parametrize("window", [1, 2, 100, 1500, 9000])
+@pytest.mark.parametrize("length", [0, 99, 100, 5000])
+def test_attention_in_a_window(
+    length: int, window: int, group: int, dtype: torch.dtype, device: str
+) -> None:
+    start = (0, length // 2, length)
+    call = make_attention(dtype, device, group=group, length=length, start=start)
+    replace(call, window=window).check()
+
+
+@few_dtypes
+def test_attention_reads_nothing_outside_its_window(dtype: torch.dtype, device: str) -> None:
+    call = replace(make_attention(dtype, device, length=700, start=(0, 3)), window=50)
+    expected = call()[0]
+    for cache in (call.key_cache, call.value_cache):
+        cache[:, :, : 700 + 1 - 50] = NAN
+    assert_equal(call()[0], expected)
+
+
+@few_dtypes
+def test_a_window_takes_positions_before_the_first_slot(dtype: torch.dtype, device: str) -> None:
+    """`start` counts positions alone, once the window has left it: it may be before the cache."""
+    call = make_attention(dtype, device, length=300, start=(0, 0))
+    shifted = torch.tensor([-5000, -1], device=device)
+    replace(call, window=64, start=shifted).check()
+
+
+@each_dtype
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("length", [5, 1300])
+def test_attention_of_capped_scores(
+    length: int, head_dim: int, group: int, dtype: torch.dtype, device: str
+) -> None:
+    call = make_attention(
+        dtype, device, head_dim=head_dim, group=group, length=length, start=(0, 3)
+    )
+    for window in (0, 400):
+        replace(call, qkv=4 * call.qkv, softcap=2.0, window=window).check()
+
+
 @each_dtype
 def test_attention_fills_the_last_slot(dtype: torch.dtype, device: str) -> None:
     make_attention(dtype, device, length=299, capacity=300).check()
@@ -272,6 +317,10 @@ ATTENTION_ERRORS: dict[str, tuple[Callable[[Attention], Attention], str]] = {
     "long_inv_freq": (
         lambda c: with_cache(c, inv_freq=lambda t: t.repeat(2)),
         r"inv_freq must be \[up to 8\], got \[16\]",
+    ),
+    "negative_window": (
+        lambda c: replace(c, window=-1),
+        r"window and softcap must not be negative, got -1 and 0",
     ),
     "interleaved_groups": (
         lambda c: replace(c, interleaved=True),

@@ -37,6 +37,16 @@ def test_embed(size: int, positions: bool, dtype: torch.dtype, device: str) -> N
     assert_equal(out, expected)
 
 
+@each_dtype
+def test_a_scaled_embedding(dtype: torch.dtype, device: str) -> None:
+    """A GPU multiplies and adds in one rounding."""
+    arguments = make_embed(dtype, device)
+    out, expected = (torch.full((3, 111), NAN, device=device) for _ in range(2))
+    decode_embed(out, **arguments, scale=1.7, backend=device)
+    embed_reference(expected, **arguments, scale=1.7)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
 EMBED_ERRORS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "int_table": ("table", Tensor.int, r"table must be float32, float16 or bfloat16.*got int32"),
     "vector_table": ("table", lambda t: t[0], r"table must be \[vocab, size\], got \[111\]"),

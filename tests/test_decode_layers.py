@@ -15,6 +15,7 @@ from torch import Tensor
 import hf_fuse
 from hf_fuse import ops
 from hf_fuse.decode.engine import DecodeEngine
+from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.decode.stack import Stack
 from hf_fuse.ops.decode_layers import suits
 
@@ -38,7 +39,7 @@ def changed(case: Case, **changes: Any) -> Case:
 
 def engine_of(case: Case, dtype: torch.dtype, capacity: int) -> DecodeEngine:
     model = case.build(dtype=dtype, device="cuda")
-    return DecodeEngine(hf_fuse.patch(model).decoder_spec(), 1, capacity)
+    return DecodeEngine(spec_of(hf_fuse.patch(model)), 1, capacity)
 
 
 def steps(engine: DecodeEngine, ids: Tensor, padding: int = 0) -> Tensor:
@@ -131,7 +132,7 @@ def test_what_is_no_number_stays_none(where: str) -> None:
             block.mlp.c_proj.weight[3, 5] = torch.nan
         else:
             block.attn.c_proj.weight[:] = 1e6
-    engine = DecodeEngine(hf_fuse.patch(model).decoder_spec(), 1, 40)
+    engine = DecodeEngine(spec_of(hf_fuse.patch(model)), 1, 40)
     assert names(engine)[0] == "embed, layers"
     ids = some_tokens(20)
     assert steps(engine, ids).isnan().all()
@@ -140,7 +141,7 @@ def test_what_is_no_number_stays_none(where: str) -> None:
 
 def test_a_result_that_is_no_number_leaves_no_trace() -> None:
     model = SMALL.build(dtype=torch.bfloat16, device="cuda")
-    engine = DecodeEngine(hf_fuse.patch(model).decoder_spec(), 1, 40)
+    engine = DecodeEngine(spec_of(hf_fuse.patch(model)), 1, 40)
     ids = some_tokens(20)
     before = steps(engine, ids)
     weight = engine.spec.layers[0].mlp_out.weights[0]
@@ -171,7 +172,7 @@ def test_what_does_not_suit_it_is_a_chain(case: Case, dtype: torch.dtype) -> Non
 
 def test_several_sequences_are_a_chain() -> None:
     model = SMALL.build(dtype=torch.bfloat16, device="cuda")
-    engine = DecodeEngine(hf_fuse.patch(model).decoder_spec(), 2, 40)
+    engine = DecodeEngine(spec_of(hf_fuse.patch(model)), 2, 40)
     assert names(engine)[0] == "embed"
 
 

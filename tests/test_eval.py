@@ -435,7 +435,11 @@ def test_dataset_text_joins_rows_until_there_are_enough(monkeypatch):
 
 
 def test_short_prompt_text_repeats():
-    assert text.repeat_to_length([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
+    def tokenizer(text, **_):
+        return SimpleNamespace(input_ids=[ord(c) for c in text])
+
+    found = loading.prompts(tokenizer, text.Text("short", "abc"), batch_size=2, prompt_length=4)
+    assert found.tolist() == [[ord(c) for c in row] for row in ("abca", "bcab")]
 
 
 # ---- reports and demo

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from answers import left_to_transformers, steps_taken
 from helpers import count_ops
 from models import (
+    FAMILY,
     LLAMA,
     PLAIN,
     TRAINED,
@@ -45,16 +47,6 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 NAN = float("nan")
 
 
-def steps_taken(model: nn.Module) -> int:
-    """How many tokens the engine selected in the last call; 0 without an engine."""
-    with engine_of(model) as engine:
-        return 0 if engine is None else int(engine.step)
-
-
-def left_to_transformers(model: nn.Module) -> list[str]:
-    return [note.removeprefix("generate: ") for note in state_of(model).notes]
-
-
 def compare(model: PreTrainedModel, new: int = 24, **inputs: Any) -> Any:
     """Greedy tokens of the engine and of the unpatched model are the same; returns the former."""
     arguments = {"max_new_tokens": new, **GREEDY, **inputs}
@@ -74,7 +66,7 @@ def compare_greedy(model: PreTrainedModel, batch: int, new: int) -> None:
     compare(model, new, **(padded(ids, "left") if batch > 1 else {"input_ids": ids}))
 
 
-@cases(VARIANTS)
+@cases(VARIANTS, FAMILY)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_greedy_tokens_are_the_unpatched_models(case: Case, batch: int, device: str) -> None:
     compare_greedy(heads_of_16(case).build(device=device), batch, 128)
@@ -549,7 +541,7 @@ def test_unpatch_gives_the_weights_back_as_they_lay(case: Case, device: str) -> 
     assert type(model).__mro__[0].__module__.startswith("transformers")
 
 
-@cases(PLAIN)
+@cases(PLAIN, FAMILY)
 def test_copies_pickles_and_checkpoints_after_generating(
     case: Case, device: str, tmp_path: Any
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
+from helpers import count_ops
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from models import FAMILY, PLAIN, TRAINED, Case, cases
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
 
 import hf_fuse
 from hf_fuse.cli import main
@@ -19,8 +23,8 @@ from hf_fuse.decode.loop import engine_of
 from hf_fuse.eval import pages
 from hf_fuse.eval.harness import TASKS, FusedLM
 from hf_fuse.eval.loading import MODELS
+from hf_fuse.eval.text import pydoc_text
 
-TINY = ("tiny-llama", "tiny-gpt_neox", "tiny-gpt2")
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONTINUE = """
 task: continue
@@ -54,17 +58,32 @@ def compared(capsys: pytest.CaptureFixture, *options: str) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+def folder_of(case: Case, folder: Path) -> Path:
+    """A model folder of the case: the trained model, or random weights with its tokenizer."""
+    if case.trained:
+        return MODELS / case.model_type
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "llama")
+    replace(case, scale=0.05).build(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TINY)
+@cases(TRAINED, PLAIN, FAMILY)
 def test_the_same_perplexity_on_both_sides(
-    name: str, dtype: str, capsys: pytest.CaptureFixture, tmp_path: Path
+    case: Case, dtype: str, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    file = tmp_path / "numbers.json"
-    model = f"pretrained={name},dtype={dtype}"
-    page = tmp_path / "page.html"
-    outputs = ["--json", str(file), "--html", str(page)]
-    code, out = compared(capsys, "--model_args", model, "--batch_size", "16", *outputs)
+    """Of the trained models in batches of a size that lm-eval finds itself."""
+    file, page, text = (tmp_path / name for name in ("numbers.json", "page.html", "text.txt"))
+    text.write_text("\n\n".join(pydoc_text("held-out").text.split("\n\n")[:40]))
+    folder = folder_of(case, tmp_path / "model")
+    model = f"pretrained={folder},dtype={dtype}"
+    sizes = ("--batch_size", "auto" if case.trained else "8", "--max_batch_size", "8")
+    options = ("--text", str(text), "--json", str(file), "--html", str(page))
+    with count_ops() as calls:
+        code, out = compared(capsys, "--model_args", model, *sizes, *options)
     assert code == 0, out
+    assert calls["hf_fuse::add_norm"] > 0
     numbers = json.loads(file.read_text())
     metrics = {metric["name"]: metric for metric in numbers["metrics"]}
     assert set(metrics) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
@@ -73,7 +92,7 @@ def test_the_same_perplexity_on_both_sides(
         assert metric["unpatched"] > 1
         assert metric["patched"] == pytest.approx(metric["unpatched"], rel=numbers["tolerance"])
     assert "no metric differs by more than" in out
-    assert (numbers["model"], numbers["dtype"]) == (name, dtype)
+    assert (numbers["model"], numbers["dtype"]) == (folder.name, dtype)
     assert numbers["report"]["patched"]
     assert page.read_text(encoding="utf-8") == pages.render([numbers])
 
@@ -139,8 +158,15 @@ def test_lm_evals_own_run(capsys: pytest.CaptureFixture) -> None:
         (["--model_args", "pretrained=tiny-bert"], "there is no tiny model tiny-bert"),
         (["--model", "hf"], "the model is hf-fuse, got --model hf"),
         (["--model_args", "pretrained=tiny-gpt2,fuse_backend=gpu"], "backend must be one of"),
+        (["--device", "cuda:99"], "torch sees no device cuda:99"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--batch_size", "0"], "--batch_size must be a number from 1 up or auto[:N], got 0"),
+        (["--batch_size", "many"], "got many"),
+        (["--model_args", "pretrained=tiny-gpt2,dtype=int3"], "int3"),
+        (["--gen_kwargs", "{no"], "Invalid JSON"),
+        (["--config", "/nowhere.yaml"], "Config file not found"),
     ],
-    ids=["task", "text", "folder", "tiny", "model", "backend"],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.parametrize("compare", [[], ["--compare"]], ids=["run", "compare"])
 def test_errors_are_one_line_and_code_2(
@@ -153,11 +179,25 @@ def test_errors_are_one_line_and_code_2(
     assert message in last
 
 
-def test_an_option_that_is_not_there(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "options", [["--bogus"], ["--tolerance", "-1"], ["--tolerance", "nan"], ["--text", ""]]
+)
+def test_options_that_cannot_be(options: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["lm-eval", "--bogus"])
+        main(["lm-eval", *options])
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--bogus" in line
+    assert options[0] in line
+
+
+def test_a_model_of_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(is_decoder=True, **config)).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((MODELS / "llama" / name).read_bytes())
+    assert (
+        main(["lm-eval", "--tasks", "hf_fuse_text", "--model_args", f"pretrained={tmp_path}"]) == 2
+    )
+    assert "BertLMHeadModel holds no backbone" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("option", ["--json", "--html"])

@@ -23,6 +23,7 @@ from answers import (
 )
 from models import (
     DROPOUT,
+    FAMILY,
     GPT_NEOX_SERIAL,
     PLAIN,
     TRAINED,
@@ -46,18 +47,18 @@ from hf_fuse.eval.text import pydoc_text
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@cases(VARIANTS, TRAINED)
+@cases(VARIANTS, FAMILY, TRAINED)
 def test_logits_and_every_hidden_state_in_fp32(case: Case, device: str) -> None:
     check_forward(case.build(device=device))
 
 
-@cases(VARIANTS, TRAINED)
+@cases(VARIANTS, FAMILY, TRAINED)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_64_greedy_tokens(case: Case, cache: str, device: str) -> None:
     check_greedy(case.build(device=device), cache)
 
 
-@cases(VARIANTS, TRAINED)
+@cases(VARIANTS, FAMILY, TRAINED)
 @pytest.mark.parametrize("mode", ["eval", "train", "train-dropout"])
 def test_gradients_of_every_parameter(case: Case, mode: str, device: str) -> None:
     dropout = DROPOUT[case.model_type] if mode == "train-dropout" else {}
@@ -76,7 +77,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 
 
 @HALVES
-@cases(PLAIN, (GPT_NEOX_SERIAL,), TRAINED)
+@cases(PLAIN, (GPT_NEOX_SERIAL,), FAMILY, TRAINED)
 def test_half_precision_is_as_close_to_float64_as_unpatched(
     case: Case, dtype: torch.dtype, device: str
 ) -> None:
@@ -127,7 +128,7 @@ def test_perplexity_token_by_token_in_float32(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@cases(PLAIN, (GPT_NEOX_SERIAL,))
+@cases(PLAIN, (GPT_NEOX_SERIAL,), FAMILY)
 def test_padded_batches(case: Case, side: str, device: str) -> None:
     model = case.build(device=device)
     inputs = padded(tokens_for(model, 4, 23), side)
@@ -142,7 +143,7 @@ def new_cache(kind: str, model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@cases(PLAIN)
+@cases(PLAIN, FAMILY)
 def test_two_generate_calls_on_one_cache(case: Case, kind: str, device: str) -> None:
     model = case.build(device=device)
     ids, more = tokens_for(model, 2, 9), tokens_for(model, 2, 5, seed=2)
@@ -159,7 +160,7 @@ def test_two_generate_calls_on_one_cache(case: Case, kind: str, device: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@cases(PLAIN)
+@cases(PLAIN, FAMILY)
 def test_forward_then_generate_on_its_cache(case: Case, kind: str, device: str) -> None:
     model = case.build(device=device)
     ids = tokens_for(model, 2, 14)
@@ -175,7 +176,7 @@ def test_forward_then_generate_on_its_cache(case: Case, kind: str, device: str) 
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@cases(PLAIN)
+@cases(PLAIN, FAMILY)
 def test_a_cache_crosses_over_to_the_patched_model_and_back(
     case: Case, kind: str, device: str
 ) -> None:
@@ -281,7 +282,7 @@ def test_an_optimizer_made_before_the_patch_trains_the_model(case: Case, device:
     assert all(not torch.equal(p, start[name]) for name, p in trained.items())
 
 
-@cases(PLAIN, (GPT_NEOX_SERIAL,))
+@cases(PLAIN, (GPT_NEOX_SERIAL,), FAMILY)
 def test_attentions_and_hidden_states_together(case: Case, device: str) -> None:
     model = case.build(device=device, attention="eager")
     inputs = padded(tokens_for(model, 3, 17), "left")
@@ -295,7 +296,7 @@ def test_attentions_and_hidden_states_together(case: Case, device: str) -> None:
     assert len(actual.attentions) == len(layers_of(model))
 
 
-@cases(PLAIN, (GPT_NEOX_SERIAL,))
+@cases(PLAIN, (GPT_NEOX_SERIAL,), FAMILY)
 def test_inference_mode(case: Case, device: str) -> None:
     model = case.build(device=device)
     ids = tokens_for(model, 3, 17)
@@ -309,7 +310,7 @@ def test_inference_mode(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@cases(PLAIN)
+@cases(PLAIN, FAMILY, slow=("mistral", "qwen2", "granite", "smollm3", "phi3", "gemma3_text"))
 def test_torch_compile_fullgraph(case: Case, backend: str, device: str) -> None:
     torch._dynamo.reset()
     model = case.build(device=device, num_hidden_layers=2)

@@ -21,6 +21,7 @@ import torch
 from answers import checkpoint
 from helpers import count_ops, largest_error
 from models import (
+    FAMILY,
     GPT2,
     GPT_NEOX,
     GPT_NEOX_SERIAL,
@@ -43,6 +44,7 @@ import hf_fuse
 from hf_fuse import ops as fused_ops
 from hf_fuse import patching
 from hf_fuse.modules import STATE
+from hf_fuse.patches import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -292,7 +294,7 @@ class Before:
     [{}, {"ops": ["add_norm"]}, {"backend": "reference"}, {"verify": False}],
     ids=["default", "one_op", "reference", "unverified"],
 )
-@cases(EVERY)
+@cases(EVERY, FAMILY)
 def test_unpatch_restores_everything(case: Case, arguments: dict, device: str) -> None:
     model = case.build(device=device)
     before = Before(model)
@@ -387,7 +389,7 @@ FAILURES: dict[str, tuple[Any, str, Callable[[], Callable], type[BaseException],
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-@cases(EVERY)
+@cases(EVERY, FAMILY)
 def test_a_patch_that_fails_half_way_leaves_no_trace(
     case: Case, failure: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,7 +423,7 @@ def test_a_second_patch_that_fails_leaves_the_first(
 
 def transformers_state() -> Iterator[tuple[str, dict]]:
     """The globals of the modules a patch could reach, and the attributes of their classes."""
-    names = [f"transformers.models.{m}.modeling_{m}" for m in ("llama", "gpt_neox", "gpt2")]
+    names = [a.backbone.__module__ for a in ARCHITECTURES]
     names += [f"transformers.{m}" for m in ("modeling_layers", "modeling_utils", "activations")]
     names += ["transformers.cache_utils", "transformers.pytorch_utils", "torch.nn.functional"]
     names += ["torch.nn.modules.normalization", "torch.nn.modules.module"]
@@ -432,7 +434,7 @@ def transformers_state() -> Iterator[tuple[str, dict]]:
             yield f"{name}.{class_name}", dict(vars(kind))
 
 
-@cases(EVERY)
+@cases(EVERY, FAMILY)
 def test_other_models_and_transformers_are_untouched(case: Case, device: str) -> None:
     model, other = case.build(device=device), case.build(device=device)
     exercise(model)

@@ -1,4 +1,4 @@
-"""Copies, files, PEFT and accelerate: a patched model goes where any model goes."""
+"""Copies, files and accelerate: a patched model goes where any model goes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from answers import assert_same, check, gradients, logits, norm_calls
+from answers import assert_same, logits, norm_calls
 from helpers import count_ops
 from models import (
     PLAIN,
     Case,
-    architecture_of,
     cases,
     layers_of,
     tokens_for,
@@ -77,63 +76,6 @@ def test_save_pretrained_and_back(case: Case, tmp_path: Any, device: str) -> Non
     assert_same(logits(loaded, input_ids=ids), expected, 1e-6)
     patched = hf_fuse.patch(loaded).state_dict()
     assert_same(dict(patched), dict(model.state_dict()), 0.0)
-
-
-@pytest.mark.parametrize("order", ["wrap_then_patch", "patch_then_wrap"])
-@cases(PLAIN)
-def test_peft_lora(case: Case, order: str, device: str) -> None:
-    peft = pytest.importorskip("peft")
-
-    def wrapped(model: nn.Module) -> nn.Module:
-        config = peft.LoraConfig(
-            r=4,
-            target_modules="all-linear",
-            init_lora_weights=False,
-            fan_in_fan_out=case.model_type == "gpt2",
-        )
-        torch.manual_seed(0)
-        model = peft.get_peft_model(model, config)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.mul_(0.1)
-        return model
-
-    plain = wrapped(case.build(device=device))
-    if order == "wrap_then_patch":
-        model = hf_fuse.patch(wrapped(case.build(device=device)))
-    else:
-        model = wrapped(hf_fuse.patch(case.build(device=device)))
-    ids = tokens_for(plain, 2, 17)
-    with count_ops() as calls:
-        assert_same(logits(model, input_ids=ids), logits(plain, input_ids=ids))
-    assert calls["hf_fuse::add_norm"] == norm_calls(model)
-    assert_same(gradients(model, input_ids=ids), gradients(plain, input_ids=ids))
-    merged, plain_merged = model.merge_and_unload(), plain.merge_and_unload()
-    assert hf_fuse.is_patched(merged)
-    assert_same(logits(merged, input_ids=ids), logits(plain_merged, input_ids=ids))
-    hf_fuse.unpatch(merged)
-    assert type(layers_of(merged)[0]) is type(layers_of(plain_merged)[0])
-
-
-@cases(PLAIN)
-def test_peft_that_trains_a_copy_of_a_norm(case: Case, device: str) -> None:
-    peft = pytest.importorskip("peft")
-    model = case.build(device=device)
-    norm = architecture_of(model).opening_norms(layers_of(model)[1])[0]
-    name = next(n for n, m in layers_of(model)[1].named_modules() if m is norm)
-    config = peft.LoraConfig(
-        r=4,
-        target_modules="all-linear",
-        modules_to_save=[name],
-        fan_in_fan_out=case.model_type == "gpt2",
-    )
-    model = peft.get_peft_model(model, config)
-    for parameter_name, parameter in model.named_parameters():
-        if f"{name}.modules_to_save" in parameter_name:
-            parameter.data.mul_(1.5)  # what was trained
-    ids = tokens_for(model, 2, 17)
-    check(model, lambda m: logits(m, input_ids=ids))
-    check(model, lambda m: gradients(m, input_ids=ids))
 
 
 @pytest.mark.parametrize("order", ["hooks_then_patch", "patch_then_hooks"])

@@ -416,9 +416,10 @@ class DecodeEngine:
         return torch.zeros(shape, dtype=torch.int64, device=self.device)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether torch or CUDA raised it for want of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    words = ("out of memory", "can't allocate memory")  # CUDA's, the CPU allocator's
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def _middle_rows(layer: LayerSpec) -> int:

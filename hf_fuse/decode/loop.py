@@ -38,8 +38,9 @@ from transformers.generation.stopping_criteria import (
 )
 
 from hf_fuse.decode.engine import DecodeEngine, out_of_memory
+from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.decode.sampling import selection_of
-from hf_fuse.decode.spec import DecoderSpec, Unsuited, refuse_hooks, store_as_before
+from hf_fuse.decode.spec import DecoderSpec, Unsuited, store_as_before
 from hf_fuse.modules import state_of, step_aside
 from hf_fuse.ops._library import kernels
 
@@ -175,6 +176,7 @@ class Call:
             (torch.is_autocast_enabled(self.input_ids.device.type), "autocast"),
             (state_of(model).backend == "reference", 'backend="reference"'),
             (self.batch == 0 or self.prompt == 0, "an empty prompt"),
+            (_prepares_otherwise(model), "a prepare_inputs_for_generation of its own"),
         ]
         for found, reason in checks:
             if found:
@@ -186,9 +188,7 @@ class Call:
     def engine(self, kept: Kept) -> DecodeEngine:
         """The engine kept from an earlier call if it serves, or a new one. Raises Unsuited."""
         assert self.max_length is not None
-        refuse_hooks(self.model)
-        spec = self.model.decoder_spec()
-        spec.check()
+        spec = spec_of(self.model)
         if spec.embedding.device != self.input_ids.device:
             raise Unsuited("input_ids are on another device than the model")
         if spec.positions is not None and self.max_length > len(spec.positions):
@@ -388,6 +388,16 @@ def _check_cache(cache: Any, max_length: int | None) -> None:
     static = [layer for layer in cache.layers if type(layer) is StaticLayer]
     if max_length and any(layer.get_max_length() < max_length - 1 for layer in static):
         raise Unsuited("the static cache is too short")
+
+
+def _prepares_otherwise(model: Any) -> bool:
+    """PEFT's prompt and prefix tuning put their tokens into the inputs there. Afterwards they leave
+    the class's own function in the instance.
+    """
+    own = model.__dict__.get("prepare_inputs_for_generation")
+    return own is not None and (
+        getattr(own, "__func__", None) is not type(model).prepare_inputs_for_generation
+    )
 
 
 def _left_padding(mask: Tensor | None, batch: int) -> Tensor:

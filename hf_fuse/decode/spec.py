@@ -1,8 +1,8 @@
 """A decoder as data: what the engine runs, referring to the model's own parameters.
 
 Each architecture (hf_fuse/patches/) states its model with these. Whatever the engine could not run
-as the modules would, a quantised weight, a LoRA adapter, a hook, raises `Unsuited` with the reason,
-and `generate` stays with transformers' loop.
+as the modules would, a quantised weight, a LoRA adapter, a hook (obstacles.py), raises `Unsuited`
+with the reason, and `generate` stays with transformers' loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from hf_fuse.ops.activations import from_module
@@ -229,33 +228,31 @@ def halves(module: Any) -> Projection:
 
 
 def projection(*modules: Any) -> Projection:
-    """The projection of one or more linear modules (nn.Linear, or Conv1D stored by rows)."""
+    """The projection of one or more linear modules (nn.Linear, or Conv1D: see `store_by_rows`)."""
     weights, biases = [], []
     for module in modules:
-        if type(module) is Conv1D:
-            store_by_rows(module)
         if type(module) not in (nn.Linear, Conv1D):
             raise Unsuited(f"a projection is a {type(module).__name__}")
         weight, bias = plain(module.weight), module.bias
+        if type(module) is nn.Linear and weight.shape[1] > 1 and weight.stride(1) != 1:
+            raise Unsuited("a weight is not stored by rows")
         weights.append(weight.t() if type(module) is Conv1D else weight)
         biases.append(None if bias is None else plain(bias))
-    if any(w.shape[-1] > 1 and w.stride(-1) != 1 for w in weights):
-        raise Unsuited("a weight is not stored by rows")
     return Projection(tuple(weights), tuple(biases))
 
 
-def store_by_rows(module: Any) -> None:
-    """Lay the weight of a Conv1D, [in, out], out so that each output's row is contiguous in memory.
-    The parameter stays what it is, with other strides; `store_as_before` puts it back.
+def store_by_rows(model: nn.Module) -> None:
+    """Lay the weight of every Conv1D, [in, out], out so that each output's row is contiguous in
+    memory. The parameters stay what they are, with other strides; `store_as_before` puts them back.
     """
-    weight = plain(module.weight)
-    if weight.stride(0) != 1:
-        module.weight.data = weight.t().contiguous().t()
-        module.__dict__[_RELAID] = True
+    for module in model.modules():
+        if type(module) is Conv1D and module.weight.stride(0) != 1:
+            module.weight.data = module.weight.data.t().contiguous().t()
+            module.__dict__[_RELAID] = True
 
 
 def store_as_before(model: nn.Module) -> None:
-    """Undo every `store_by_rows` in `model`."""
+    """Undo `store_by_rows`."""
     module: Any
     for module in model.modules():
         if module.__dict__.pop(_RELAID, False):
@@ -309,16 +306,3 @@ def plain(tensor: Tensor) -> Tensor:
     if type(tensor) not in (nn.Parameter, Tensor):
         raise Unsuited(f"a weight is a {type(tensor).__name__}")
     return tensor.detach()
-
-
-def refuse_hooks(model: nn.Module) -> None:
-    """Raise Unsuited when a module inside `model` has hooks or a forward of its own: the engine
-    would not run them.
-    """
-    if _has_any_global_hook():
-        raise Unsuited("global module hooks")
-    for name, module in model.named_modules():
-        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
-            raise Unsuited(f"{name} has forward hooks")
-        if "forward" in module.__dict__:
-            raise Unsuited(f"{name or 'the model'} has a forward of its own")

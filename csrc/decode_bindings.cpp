@@ -191,6 +191,46 @@ void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cac
   hf_fuse::decode_attention(p, stream_of(qkv));
 }
 
+void decode_sinks(Tensor keys, Tensor values, Tensor sink_keys, Tensor sink_values, Tensor length,
+                  Tensor start, Tensor inv_freq, int64_t window) {
+  const char* op = "decode_sinks";
+  DecodeSinks p{};
+  p.dtype = dtype_of(op, "keys", keys);
+  if (keys.dim() != 5 || !keys.is_contiguous())
+    fail(op, ": keys must be a contiguous [layers, batch, kv_heads, capacity, head_dim], got ",
+         shape_of(keys));
+  p.num_layers = keys.size(0), p.batch = keys.size(1), p.num_kv_heads = keys.size(2);
+  p.capacity = keys.size(3), p.head_dim = keys.size(4);
+  check_same_shape(op, "values", values, "keys", keys);
+  check_like(op, "sink_keys", sink_keys, "keys", keys);
+  if (sink_keys.dim() != 5 || sink_keys.size(0) != p.num_layers || sink_keys.size(1) != p.batch ||
+      sink_keys.size(2) != p.num_kv_heads || sink_keys.size(4) != p.head_dim)
+    fail(op, ": sink_keys must be [", p.num_layers, ", ", p.batch, ", ", p.num_kv_heads,
+         ", sinks, ", p.head_dim, "], got ", shape_of(sink_keys));
+  p.sinks = sink_keys.size(3);
+  check_same_shape(op, "sink_values", sink_values, "sink_keys", sink_keys);
+  if (!values.is_contiguous() || !sink_keys.is_contiguous() || !sink_values.is_contiguous())
+    fail(op, ": values, sink_keys and sink_values must be contiguous");
+  check_int64(op, "length", length, 1);
+  check_int64(op, "start", start, p.batch);
+  check_float32(op, "inv_freq", inv_freq);
+  if (inv_freq.dim() != 2 || 2 * inv_freq.size(1) > p.head_dim)
+    fail(op, ": inv_freq must be [", p.num_layers, ", up to ", p.head_dim / 2, "], got ",
+         shape_of(inv_freq));
+  check_matrix(op, "inv_freq", inv_freq, p.num_layers, inv_freq.size(1));
+  for (const Tensor* t : {&length, &start, &inv_freq})
+    check_device(op, "length, start and inv_freq", *t, "keys", keys);
+  if (window < 1) fail(op, ": window must be at least 1, got ", window);
+  p.rotary_dim = 2 * inv_freq.size(1), p.window = window;
+  p.sink_keys = sink_keys.data_ptr(), p.sink_values = sink_values.data_ptr();
+  p.inv_freq = static_cast<const float*>(inv_freq.data_ptr());
+  p.keys = keys.data_ptr(), p.values = values.data_ptr();
+  p.length = int64_of(length), p.start = int64_of(start);
+  if (sink_keys.numel() == 0) return;
+  DeviceGuard guard(keys);
+  hf_fuse::decode_sinks(p, stream_of(keys));
+}
+
 // A norm's weight, [size] and like `like`; null without one.
 const void* norm_weight_of(const char* op, const char* name, const OptionalTensor& weight,
                            int64_t size, const Tensor& like, const char* like_name = "out") {
@@ -428,6 +468,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, "
       "Tensor length, Tensor start, Tensor? inv_freq, float rope_scale, bool interleaved, float "
       "scaling, int window=0, float softcap=0) -> ()");
+  // the first tokens' keys and values before the window of the token at length, in all layers
+  m.def(
+      "decode_sinks(Tensor(a!) keys, Tensor(b!) values, Tensor sink_keys, Tensor sink_values, "
+      "Tensor length, Tensor start, Tensor inv_freq, int window) -> ()");
   // residual += delta or its norm; out = the norm of residual, or residual
   m.def(
       "decode_add_norm(Tensor(a!) out, Tensor(b!) residual, Tensor? delta, Tensor? delta_weight, "
@@ -466,6 +510,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_fuse, HF_FUSE_KEY, m) {
   m.impl("decode_linear", TORCH_BOX(&hf_fuse::bindings::decode_linear));
   m.impl("decode_linear_two", TORCH_BOX(&hf_fuse::bindings::decode_linear_two));
   m.impl("decode_attention", TORCH_BOX(&hf_fuse::bindings::decode_attention));
+  m.impl("decode_sinks", TORCH_BOX(&hf_fuse::bindings::decode_sinks));
   m.impl("decode_add_norm", TORCH_BOX(&hf_fuse::bindings::decode_add_norm));
   m.impl("decode_head_norm", TORCH_BOX(&hf_fuse::bindings::decode_head_norm));
   m.impl("decode_embed", TORCH_BOX(&hf_fuse::bindings::decode_embed));

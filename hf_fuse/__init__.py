@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         unpatch,
     )
     from hf_fuse.reporting import Report
+    from hf_fuse.streaming import StreamingCache
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Report",
+    "StreamingCache",
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
@@ -43,13 +45,16 @@ __all__ = [
     "unpatch",
     "unregister",
 ]
-_IN_AUTO = ("register", "registered", "unregister")
+_ELSEWHERE = {
+    **dict.fromkeys(("register", "registered", "unregister"), "hf_fuse.auto"),
+    "StreamingCache": "hf_fuse.streaming",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and transformers when something is used, so that `hf-fuse --help` is quick."""
     if name in __all__:
-        where = "hf_fuse.auto" if name in _IN_AUTO else "hf_fuse.patching"
+        where = _ELSEWHERE.get(name, "hf_fuse.patching")
         return getattr(import_module(where), name)
     raise AttributeError(f"module 'hf_fuse' has no attribute {name!r}")
 

@@ -70,9 +70,9 @@ class FusedDecoderLayer(nn.Module):
     norms: ClassVar[Norms] = PRE_NORMS
 
     def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
-        arguments |= dict(
-            zip(_names_after_input(state_of(self).original), positional, strict=False)
-        )
+        if positional:
+            names = _names_after_input(state_of(self).original)
+            arguments |= dict(zip(names, positional, strict=False))
         if step_aside():
             return super().forward(hidden_states, **arguments)
         norms = self.norms

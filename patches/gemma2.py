@@ -56,7 +56,9 @@ class FusedGemma2ForCausalLM(decoder.FusedForCausalLM, hf.Gemma2ForCausalLM):
         }
 
     def softcap(self, attention: Any) -> float:
-        return attention.attn_logit_softcapping or 0.0
+        """Torch's sdpa has no cap: transformers passes over it there, or refuses to run."""
+        by_sdpa = self.config._attn_implementation == "sdpa"
+        return 0.0 if by_sdpa else attention.attn_logit_softcapping or 0.0
 
 
 ARCHITECTURE = decoder.architecture(

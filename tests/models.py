@@ -84,7 +84,13 @@ _SLIDING = {"sliding_window": 12, "layer_types": _WINDOWS}
 TINY |= {
     "mistral": {**_FAMILY, "sliding_window": 12},
     "qwen2": {**_FAMILY, "use_sliding_window": True, **_SLIDING},
-    "qwen3": {**_FAMILY, "head_dim": 32, "use_sliding_window": True, **_SLIDING},
+    "qwen3": {
+        **_FAMILY,
+        "intermediate_size": 104,
+        "head_dim": 32,
+        "use_sliding_window": True,
+        **_SLIDING,
+    },
     "granite": {
         **_FAMILY,
         "embedding_multiplier": 12.0,
@@ -196,9 +202,11 @@ LLAMA = Case("llama", "llama")
 GPT_NEOX = Case("gpt_neox", "gpt_neox")
 GPT2 = Case("gpt2", "gpt2")
 PLAIN = (LLAMA, GPT_NEOX, GPT2)
-# LLaMA's relatives. Gemma 2's scores are capped, which only eager attention does on a CPU.
+# LLaMA's relatives. Gemma 2 caps its scores, which torch's sdpa cannot: by default transformers has
+# eager attention there, or an older one sdpa without the cap.
+_CAPPED = "sdpa" if transformers.Gemma2PreTrainedModel._supports_sdpa else "eager"
 FAMILY = tuple(
-    Case(name, name, attention="eager" if name == "gemma2" else "sdpa") for name in FAMILY_TYPES
+    Case(name, name, attention=_CAPPED if name == "gemma2" else "sdpa") for name in FAMILY_TYPES
 )
 
 GPT_NEOX_SERIAL = Case("gpt_neox-serial", "gpt_neox", {"use_parallel_residual": False})

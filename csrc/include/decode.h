@@ -69,6 +69,21 @@ struct DecodeAttention {
 };
 void decode_attention(const DecodeAttention& p, void* stream);
 
+// Attention sinks, for all layers: the keys and values of a sequence's first tokens into the slots
+// directly before the window of the last `window` slots up to `length`. The keys are those of
+// positions 0 to sinks - 1; they are rotated, in fp32, by shift * inv_freq, where shift is how many
+// tokens lie between: length + 1 - window - start[b] - sinks. Nothing is written while it is not
+// positive.
+struct DecodeSinks {
+  DType dtype;
+  int64_t num_layers, batch, num_kv_heads, capacity, head_dim, sinks, rotary_dim, window;
+  const void *sink_keys, *sink_values;  // [num_layers, batch, num_kv_heads, sinks, head_dim]
+  const float* inv_freq;                // [num_layers, rotary_dim / 2]
+  void *keys, *values;                  // [num_layers, batch, num_kv_heads, capacity, head_dim]
+  const int64_t *length, *start;        // [1], [batch], on the device
+};
+void decode_sinks(const DecodeSinks& p, void* stream);
+
 // The layers of a step for one sequence as one kernel, where the model and the GPU suit it:
 // pre-norm LayerNorms, learned positions, as many key heads as query heads, an MLP of one
 // activation, biases.

@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_fuse import ops
 from hf_fuse.decode.prefill import prefill
 from hf_fuse.decode.projection import project, project_two
+from hf_fuse.decode.rolling import Rolling, Stream
 from hf_fuse.decode.sampling import Sampler, Selection
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec, Norm
 from hf_fuse.decode.stack import Stack
@@ -45,13 +46,21 @@ class Kernel:
 
 class DecodeEngine:
     """Buffers, caches and (on a GPU) the captured step for `batch` sequences of up to `capacity`
-    tokens.
+    tokens. With a `stream`, `capacity` is only the prompt's, and up to `steps` tokens follow.
     """
 
-    def __init__(self, spec: DecoderSpec, batch: int, capacity: int, backend: str = "auto"):
-        self.spec, self.batch, self.backend = spec, batch, backend
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        batch: int,
+        capacity: int,
+        backend: str = "auto",
+        stream: Stream | None = None,
+        steps: int = 0,
+    ):
+        self.spec, self.batch, self.backend, self.stream = spec, batch, backend, stream
         self._step_spec = spec.for_step()
-        self.capacity = -(-(capacity + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
+        self.capacity = _round_up(max(capacity, stream.capacity if stream else 0))
         self.fingerprint = spec.fingerprint()
         self.device, self.dtype = spec.embedding.device, spec.embedding.dtype
         # The step with the selection, and by what, or without; what it has taken as constants, and
@@ -68,13 +77,15 @@ class DecodeEngine:
         self._samplers: dict[tuple[bool, bool], Sampler] = {}
         self.sampler: Sampler | None = None  # without one, tokens are the largest logits'
 
-        cache = (batch, spec.num_kv_heads, self.capacity, spec.head_dim)
-        self.keys = [self._empty(*cache, dtype=self.dtype) for _ in spec.layers]
-        self.values = [self._empty(*cache, dtype=self.dtype) for _ in spec.layers]
+        cache = (len(spec.layers), batch, spec.num_kv_heads, self.capacity, spec.head_dim)
+        keys, values = (self._empty(*cache, dtype=self.dtype) for _ in range(2))
+        self.keys, self.values = ([*t.unbind()] for t in (keys, values))
+        self.rolling = Rolling(spec, stream, keys, values) if stream else None
         self.token, self.finished, self.start = (self._zeros(batch) for _ in range(3))
         self.length, self.step = self._zeros(1), self._zeros(1)
         pinned = self.device.type == "cuda"
-        self.history = torch.zeros(self.capacity, batch, dtype=torch.int64, pin_memory=pinned)
+        rows = max(self.capacity, _round_up(steps))
+        self.history = torch.zeros(rows, batch, dtype=torch.int64, pin_memory=pinned)
         self.eos, self.pad, self.min_step = self._zeros(0), 0, 0
         self._select_scratch = workspace(batch, self.device)
 
@@ -92,11 +103,20 @@ class DecodeEngine:
         self._prompt = self._zeros(batch, GRAPH_TOKENS)
         self.kernels = tuple(self._kernels())
 
-    def serves(self, spec: DecoderSpec, batch: int, capacity: int) -> bool:
+    def serves(
+        self,
+        spec: DecoderSpec,
+        batch: int,
+        capacity: int,
+        stream: Stream | None = None,
+        steps: int = 0,
+    ) -> bool:
         """Whether this engine does what one made with these arguments would."""
         return (
             self.batch == batch
+            and self.stream == stream
             and self.capacity >= capacity + EXTRA_STEPS
+            and len(self.history) >= steps + EXTRA_STEPS
             and self.fingerprint == spec.fingerprint()
         )
 
@@ -113,6 +133,8 @@ class DecodeEngine:
             state.zero_()
         self.length.fill_(-1)  # `select` and `put` move on to the slot of the token they take
         self.sampler = None
+        if self.rolling:
+            self.rolling.begin()
 
     def draw_by(self, selection: Selection, ids: Tensor) -> None:
         """After `begin`: tokens are drawn, or penalised, as `selection` says, after the prompts
@@ -191,17 +213,22 @@ class DecodeEngine:
     ) -> None:
         """Take a prompt of `length` tokens that ran elsewhere: each layer's keys and values [batch,
         kv_heads, length, head_dim], or the last ones of them, and the last token's logits [batch,
-        vocab].
+        vocab]. With a stream, those of the sinks and the window.
         """
+        held = keys[0].shape[2] if self.rolling else length
         for own, given in zip((*self.keys, *self.values), (*keys, *values), strict=True):
-            own[:, :, length - given.shape[2] : length].copy_(given)
+            own[:, :, held - given.shape[2] : held].copy_(given)
         self.logits.copy_(logits)
-        self.begin_at(length, start)
+        self.begin_at(held, start, length - held)
 
-    def begin_at(self, length: int, start: Tensor) -> None:
-        """Go on after the `length` tokens in the caches, of which start[b] are padding."""
-        self.start.copy_(start)
+    def begin_at(self, length: int, start: Tensor, dropped: int = 0) -> None:
+        """Go on after the `length` tokens in the caches, of which start[b] are padding, and after
+        as many as a stream has dropped.
+        """
+        self.start.copy_(start - dropped)
         self.length.fill_(length - 1)
+        if self.rolling:
+            self.rolling.begin(length, dropped)
 
     def select(self) -> None:
         """Take the next token from the logits of the prompt or of the last step."""
@@ -234,6 +261,8 @@ class DecodeEngine:
         """One step: the logits after `token` and, with `select`, the next token from them. On a GPU
         what `prepare` captured, and only launched.
         """
+        if self.rolling:
+            self.rolling.before_step(self.length, self.start)
         if self.device.type != "cuda":
             self._run(select)
             return
@@ -252,6 +281,9 @@ class DecodeEngine:
         spec, residual = self._step_spec, self._residual
         options: dict[str, Any] = {"backend": self.backend}
         stack = Stack.of(spec, self.keys, self.values, self.backend) if self.batch == 1 else None
+        if self.rolling:
+            # Before the embedding, which lets no kernel start that could read the cache too soon.
+            yield Kernel("sinks", self.rolling.kernel(self.length, self.start, self.backend))
         if stack:
             run = partial(stack.run, residual, self.token, self.length, self.start)
             yield Kernel("embed, layers", run, stack.weights)
@@ -382,9 +414,12 @@ class DecodeEngine:
             ops.decode_attention, self._attended, self._qkv, keys, values, self.length, self.start,
             scaling=layer.scaling, inv_freq=rotation.inv_freq if rotation else None,
             rope_scale=rotation.scale if rotation else 1.0, interleaved=spec.interleaved,
-            window=layer.window, softcap=layer.softcap, backend=self.backend,
+            window=self._window(layer), softcap=layer.softcap, backend=self.backend,
         )  # fmt: skip
         yield Kernel("rotary, cache, attention", attention)
+
+    def _window(self, layer: LayerSpec) -> int:
+        return self.stream.kept + 1 if self.stream else layer.window
 
     def _capture_step(self, select: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph. It runs once uncaptured, on the first slot, to build what is built
@@ -420,6 +455,11 @@ def out_of_memory(error: Exception) -> bool:
     """Whether torch or CUDA raised it for want of memory."""
     words = ("out of memory", "can't allocate memory")  # CUDA's, the CPU allocator's
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
+def _round_up(tokens: int) -> int:
+    """Slots for that many tokens."""
+    return -(-(tokens + EXTRA_STEPS) // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def _middle_rows(layer: LayerSpec) -> int:

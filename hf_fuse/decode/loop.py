@@ -39,10 +39,12 @@ from transformers.generation.stopping_criteria import (
 
 from hf_fuse.decode.engine import DecodeEngine, out_of_memory
 from hf_fuse.decode.obstacles import spec_of
+from hf_fuse.decode.rolling import Stream
 from hf_fuse.decode.sampling import selection_of
 from hf_fuse.decode.spec import DecoderSpec, Unsuited, store_as_before
 from hf_fuse.modules import state_of, step_aside
 from hf_fuse.ops._library import kernels
+from hf_fuse.streaming import StreamingCache, StreamingLayer
 
 # What `generate` passes beside the ids that the engine knows the meaning of.
 KNOWN_KWARGS = {
@@ -55,6 +57,7 @@ KNOWN_KWARGS = {
 PLAIN_CACHES = {
     DynamicCache: (DynamicLayer, DynamicSlidingWindowLayer),
     StaticCache: (StaticLayer, StaticSlidingWindowLayer),
+    StreamingCache: (StreamingLayer,),
 }
 _KEPT = "_hf_fuse_decode"  # the key in a model's __dict__
 
@@ -103,6 +106,7 @@ class Generates(nn.Module):
         if not kept.lock.acquire(blocking=False):
             return by_transformers("the engine is in use by another thread")
         try:
+            _refuse_padding(model_kwargs)
             call = Call(self, input_ids, generation_config, stopping_criteria, model_kwargs)
             call.take_processors(logits_processor)
             call.check(synced_gpus)
@@ -195,12 +199,20 @@ class Call:
             raise Unsuited("max_length is beyond the learned positions")
         self.start = _left_padding(self.kwargs.get("attention_mask"), self.batch)
         self._check_positions()
+        slots, stream = self.max_length, None
+        cache = self.kwargs["past_key_values"]
+        if type(cache) is StreamingCache:
+            slots = 0 if cache.get_seq_length() else self.prompt
+            stream = Stream(cache.sinks, cache.window)
         try:
-            if kept.engine is None or not kept.engine.serves(spec, self.batch, self.max_length):
+            room = (slots, stream, self.max_length)
+            if kept.engine is None or not kept.engine.serves(spec, self.batch, *room):
                 kept.engine = None  # the old one's memory first
                 backend = state_of(self.model).backend
                 with torch.inference_mode(False):  # later calls may be outside of it
-                    kept.engine = DecodeEngine(spec, self.batch, self.max_length, backend)
+                    kept.engine = DecodeEngine(
+                        spec, self.batch, slots, backend, stream, self.max_length
+                    )
             self._begin(kept.engine)
         except RuntimeError as error:
             kept.engine = None
@@ -416,9 +428,20 @@ def _left_padding(mask: Tensor | None, batch: int) -> Tensor:
     return start
 
 
+def _refuse_padding(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for padding and a StreamingCache: it would be taken for the sinks."""
+    mask = kwargs.get("attention_mask")
+    streaming = isinstance(kwargs.get("past_key_values"), StreamingCache)
+    if streaming and mask is not None and not bool(mask.all()):
+        raise ValueError("a StreamingCache takes no padding, and the attention mask has some")
+
+
 def _return(engine: DecodeEngine, cache: Cache, length: int, end: int) -> None:
     """Append the tokens the engine cached, from `length` to `end`, to a cache that outlives it."""
     if end <= length:
+        return
+    if engine.rolling and isinstance(cache, StreamingCache):
+        engine.rolling.hand_back(cache, end)
         return
     for index, (keys, values) in enumerate(zip(engine.keys, engine.values, strict=True)):
         cache.update(keys[:, :, length:end], values[:, :, length:end], index)

@@ -12,6 +12,7 @@ from hf_fuse.ops.decode_layers import decode_layers
 from hf_fuse.ops.decode_linear import decode_linear, decode_linear_two
 from hf_fuse.ops.decode_sample import decode_sample
 from hf_fuse.ops.decode_select import decode_select
+from hf_fuse.ops.decode_sinks import decode_sinks
 from hf_fuse.ops.gated_act import gated_act
 from hf_fuse.ops.rotary import rotary, rotary_, rotary_cache_
 
@@ -31,6 +32,7 @@ __all__ = [
     "decode_linear_two",
     "decode_sample",
     "decode_select",
+    "decode_sinks",
     "gated_act",
     "rotary",
     "rotary_",

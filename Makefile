@@ -1,11 +1,11 @@
-# make demo | test | setup | style | bench. A virtual environment in .venv holds everything.
+# make demo | test | setup | style | docs | bench. A virtual environment in .venv holds everything.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # A CPU build is enough without a GPU, and small; on a GPU machine give your own: make TORCH="torch>=2.11,<2.14"
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test style bench kernels-compile clean
+.PHONY: setup demo test style docs bench kernels-compile clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.done
@@ -28,6 +28,10 @@ style: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+# The pages of docs/ as a site, in build/site; a warning is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 # On a GPU: every op against its ceiling, torch, torch.compile and (if installed) liger-kernel.
 bench: setup

@@ -1,4 +1,6 @@
-"""The README's tables, made from the results. `python -m hf_fuse.eval.readme`, in a clone."""
+"""The tables of the README and of docs/, made from the results. `python -m hf_fuse.eval.readme`, in
+a clone.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from hf_fuse.patches import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def supported_section() -> str:
@@ -136,6 +139,77 @@ def decode_section() -> str:
     )  # fmt: skip
 
 
+def step_section() -> str:
+    """A step of each shape, kernel by kernel, from step-*.json."""
+    parts = []
+    for path in sorted(RESULTS.glob("step-*.json")):
+        run = _load(path.name)
+        ceiling = run["read_bytes_per_s"]
+        rows = [
+            [
+                row["name"],
+                str(row["count"]),
+                f"{row['us']:.2f}",
+                f"{row['bytes'] / 1e6:.2f}",
+                f"{1e8 * row['bytes'] / row['us'] / ceiling:.0f} %",
+            ]
+            for row in (*run["kernels"], run["step"])
+        ]
+        parts += [
+            f"{run['model'].removeprefix('shape:')}, {run['dtype']}, {_sequences(run)} after "
+            f"{run['context']} tokens, on an {run['device']}, {run['date'][:10]}; it reads at "
+            f"{ceiling / 1e12:.2f} TB/s:",
+            _markdown(["kernel", "a step", "µs", "MB it must read", "of the bandwidth"], rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def losses_section() -> str:
+    """Where another is faster, in any of the results."""
+    rows = []
+    for name in ("kernels-h200.json", "kernels-cpu.json"):
+        run = _load(name)
+        rows += [
+            [case["case"], run["device"], peer, f"{ratio:.3f}"]
+            for case in run["cases"]
+            for peer, ratio in case["speedup"].items()
+            if ratio < 1
+        ]
+    rivals = {"unpatched": "eager", "static_compile": "compiled"}
+    for path in sorted(RESULTS.glob("*.json")):
+        run = _load(path.name)
+        for result in (run.get("results") or [run["result"]]) if _decodes(run) else []:
+            for side, rival in rivals.items():
+                for measure in ("ttft_ms", "tpot_ms"):
+                    ours, theirs = ((result[s] or {}).get(measure) for s in ("patched", side))
+                    if theirs and theirs["p50"] < ours["p50"]:
+                        what = f"{measure[:4].upper()} of {run['model'].removeprefix('shape:')}"
+                        sizes = f"{result['batch_size']} × {result['prompt_length']}"
+                        ratio = f"{theirs['p50'] / ours['p50']:.3f}"
+                        rows.append(
+                            [f"{what}, {run['dtype']}, {sizes}", run["device"], rival, ratio]
+                        )
+    return _markdown(["what", "on", "faster", "its time over ours"], rows)
+
+
+def results_section() -> str:
+    """Every result, and the command that made it."""
+    rows = [
+        [f"`{path.name}`", run["device"], run["date"][:10], f"`{run['command']}`"]
+        for path in sorted(RESULTS.glob("*.json"))
+        for run in [_load(path.name)]
+    ]
+    return _markdown(["result", "measured on", "day", "by"], rows, numbers=False)
+
+
+def _decodes(run: dict[str, Any]) -> bool:
+    return run["kind"] in ("decode", "decode sweep")
+
+
+def _sequences(run: dict[str, Any]) -> str:
+    return "one sequence" if run["batch_size"] == 1 else f"{run['batch_size']} sequences"
+
+
 def _sweep(kind: str, varied: str, sides: tuple[str, ...]) -> Iterator[list[str]]:
     """Shape, what was varied, the sides' TPOT and the floor, from {kind}-*.json."""
     for path in sorted(RESULTS.glob(f"{kind}-*.json")):
@@ -161,6 +235,9 @@ SECTIONS = {
     "supported": supported_section,
     "decode": decode_section,
     "kernels": kernels_section,
+    "step": step_section,
+    "losses": losses_section,
+    "results": results_section,
 }
 
 
@@ -168,8 +245,11 @@ def rewritten(text: str) -> str:
     """`text` with what stands between each pair of markers made anew."""
     for name, section in SECTIONS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        made = section()
-        text = re.sub(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+        if f"<!-- {name} -->" in text:
+            made = section()
+            text = re.sub(
+                pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL
+            )
     return text
 
 
@@ -184,5 +264,5 @@ def _markdown(head: list[str], rows: list[list[str]], numbers: bool = True) -> s
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rewritten(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")

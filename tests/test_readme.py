@@ -1,4 +1,4 @@
-"""The README says what the committed results say."""
+"""The README and the pages of docs/ say what the committed results say."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hf_fuse.eval import readme
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def test_tables_are_those_of_the_results() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda path: path.stem)
+def test_tables_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
     assert readme.rewritten(text) == text
 
 

@@ -126,10 +126,7 @@ class Rolling:
                 sinks = [self.sink_keys, self.sink_values]
             keys = torch.cat([sinks[0], window], 3)
             values = torch.cat([sinks[1], self._slots(self.values, begin, end)], 3)
-        for layer, k, v in zip(cache.layers, keys, values, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(k, v)
-            layer.hold(k.clone(), v.clone(), seen)
+        cache.hold(keys.clone(), values.clone(), seen)
 
     def _turn(self, keys: Tensor, positions: int) -> None:
         """Rotate keys of all layers on by `positions`, a layer at a time to save memory."""

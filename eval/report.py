@@ -339,7 +339,8 @@ def _legend(figure: Any) -> None:
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries.update(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
+    columns = 3 if len(figure.axes) > 1 else 2
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def _timing_row(name: str, timing: Timing) -> list[str]:

@@ -156,7 +156,7 @@ def evaluate_streaming(
         )
     positions = getattr(model.config, "max_position_embeddings", None) or size
     context = min(size, positions)
-    stride = max(1, context // 4)
+    stride = max(1, context // 4)  # each token has three quarters of a window before it
     options = {"verify": False, **patch_options}
     attention = _attention_to_first(model, input_ids, sinks or 4, min(context, 512))
     with torch.no_grad(), evaluating(model), hf_fuse.patched(model, **options):
@@ -186,7 +186,7 @@ def evaluate_streaming(
         streaming=_reading(f"{sinks} sinks, window {window}", sinks, window, streamed),
         plain=_reading(f"plain window {size}", 0, size, alone),
         full=_reading("all tokens kept", 0, len(tokens), full),
-        afresh=_reading(f"windows of {context} afresh, stride {stride}", 0, context, afresh),
+        afresh=_reading(f"windows of {context} afresh", 0, context, afresh),
         attention=attention,
         early=StepTimes.of(first, times[0]),
         late=StepTimes.of(len(tokens) - 1, times[1]),

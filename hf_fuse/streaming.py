@@ -154,7 +154,7 @@ class StreamingCache(Cache):
         super().__init__(layers=[StreamingLayer(sinks, window, f) for f in frequencies])
 
     def hold(self, keys: Tensor, values: Tensor, seen: int) -> None:
-        """Keep what is to be kept of each layer's keys and values, [layers, batch, kv_heads, length,
+        """Keep what is to be kept of all layers' keys and values, [layers, batch, kv_heads, length,
         head_dim]: the sinks as they came, and the last ones of the `seen` tokens so far.
         """
         layer: Any

@@ -16,6 +16,7 @@ from hf_fuse.eval.decode import DecodeResult, Timing
 from hf_fuse.eval.environment import UsageError, provenance, require
 from hf_fuse.eval.pages import render
 from hf_fuse.eval.perplexity import PerplexityResult, Score
+from hf_fuse.eval.streaming import StreamingResult
 
 _UNPATCHED, _PATCHED, _REFERENCE = "#9aa5b1", "#2b6cb0", "#d69e2e"
 
@@ -58,6 +59,30 @@ def perplexity_table(result: PerplexityResult) -> str:
         + (", patched: token by token through the decode engine" * (result.through == "decode")),
     ]
     return "\n".join([*lines, *([f"note: {result.note}"] if result.note else [])])
+
+
+def streaming_table(result: StreamingResult) -> str:
+    """Perplexity by quarters of the text, then the steps' times."""
+    rows = [
+        [r.name, *(f"{q:.3f}" for q in r.quarters), f"{r.change_percent:+.1f} %"]
+        for r in result.readings
+    ]
+    headers = ["perplexity of", *(f"quarter {i}" for i in range(1, 5)), "last over first"]
+    early, late = result.early, result.late
+    first = result.attention
+    return "\n".join([
+        table(headers, rows),
+        "",
+        f"attention to the first {first.tokens} of {first.context} tokens: {first.share:.4f}; "
+        f"spread evenly {first.even:.4f}",
+        *(
+            f"TPOT from token {t.token}: median {t.median_ms:.4f} ms, mean {t.mean_ms:.4f} ms"
+            for t in (early, late)
+        ),
+        f"late over early {result.tpot_ratio:.4f}, the median of turns",
+        f"{result.num_tokens} tokens, one by one through the decode engine",
+        *fused_lines(result.report),
+    ])  # fmt: skip
 
 
 def decode_table(result: DecodeResult) -> str:
@@ -194,9 +219,10 @@ def write_png(
     perplexities: Mapping[str, PerplexityResult] | None = None,
     decodes: Mapping[str, DecodeResult] | None = None,
     sweep: Sequence[DecodeResult] | None = None,
+    streaming: StreamingResult | None = None,
 ) -> None:
-    """Draw perplexity bars and TPOT distributions, each keyed by the model's name, and the TPOT of
-    a sweep.
+    """Draw perplexity bars and TPOT distributions, each keyed by the model's name, the TPOT of a
+    sweep, and perplexity over a long text.
 
     Raises UsageError without matplotlib, or for a path it cannot write.
     """
@@ -207,6 +233,7 @@ def write_png(
             (_draw_perplexity, perplexities),
             (_draw_tpot, decodes),
             (_draw_sweep, sweep),
+            (_draw_streaming, streaming),
         )
         if data
     ]
@@ -280,6 +307,19 @@ def _draw_sweep(axes: Any, results: Sequence[DecodeResult]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _draw_streaming(axes: Any, result: StreamingResult) -> None:
+    colors = (_PATCHED, _REFERENCE, "C2", _UNPATCHED)
+    for reading, color in zip(result.readings, colors, strict=True):
+        step = result.num_tokens / len(reading.parts)
+        ends = [step * (i + 1) for i in range(len(reading.parts))]
+        axes.plot(ends, reading.parts, "o-", color=color, label=reading.name)
+    axes.set_yscale("log")
+    axes.set_xlabel("token")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_title("Perplexity over a long text")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _above(axes: Any, x: float, y: float, text: str) -> None:
     place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
     axes.annotate(text, (x, y), fontsize=9, **place)
@@ -299,7 +339,8 @@ def _legend(figure: Any) -> None:
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries.update(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
+    columns = 3 if len(figure.axes) > 1 else 2
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def _timing_row(name: str, timing: Timing) -> list[str]:

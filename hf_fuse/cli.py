@@ -54,6 +54,8 @@ def _ppl(arguments: argparse.Namespace) -> int:
     from hf_fuse.eval.report import perplexity_table
     from hf_fuse.eval.shapes import PREFIX
 
+    if arguments.streaming:
+        return _streaming(arguments)
     if arguments.model.startswith(PREFIX):
         raise UsageError(f"{arguments.model} has random weights and no tokenizer: no perplexity")
     text, model, tokenizer, options = _prepare(arguments)
@@ -77,6 +79,27 @@ def _ppl(arguments: argparse.Namespace) -> int:
     print(f"{arguments.model}, {_dtype_of(model)}, {text.name}\n\n{perplexity_table(result)}")
     facts = {"text": text.name, "text_digest": text.digest, "result": result.to_dict()}
     _save(arguments, model, "perplexity", facts, perplexities={_short(arguments): result})
+    return 0
+
+
+def _streaming(arguments: argparse.Namespace) -> int:
+    from hf_fuse.eval.environment import UsageError
+    from hf_fuse.eval.loading import encode, prompts
+    from hf_fuse.eval.report import streaming_table
+    from hf_fuse.eval.streaming import evaluate_streaming
+
+    given = {"--context": arguments.context, "--stride": arguments.stride}
+    for option in (name for name, value in given.items() if value is not None):
+        raise UsageError(f"--streaming reads one long text: {option} does not go with it")
+    text, model, tokenizer, options = _prepare(arguments)
+    if tokenizer is None:  # random weights: only the times mean something
+        ids = prompts(None, text, 1, arguments.max_tokens or 20000)[0]
+    else:
+        ids = encode(tokenizer, text, arguments.max_tokens)
+    result = evaluate_streaming(model, ids, **arguments.streaming, **options)
+    print(f"{arguments.model}, {_dtype_of(model)}, {text.name}\n\n{streaming_table(result)}")
+    facts = {"text": text.name, "text_digest": text.digest, "result": result.to_dict()}
+    _save(arguments, model, "streaming", facts, streaming=result)
     return 0
 
 
@@ -234,6 +257,10 @@ def _parser() -> argparse.ArgumentParser:
         "--through", choices=("forward", "decode"), default="forward",
         help="how the patched model reads: at once, or token by token by the decode engine",
     )  # fmt: skip
+    ppl.add_argument(
+        "--streaming", type=_stream, metavar="sinks=4,window=256",
+        help="one long text token by token, with attention sinks and with a plain window",
+    )  # fmt: skip
     ppl.add_argument("--no-reference", action="store_true", help="skip the fp32 reference")
 
     kernels = _command(commands, "kernels", _kernels, "each op against its ceiling and its peers")
@@ -356,6 +383,15 @@ def not_empty(value: str) -> str:
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty")
     return value
+
+
+def _stream(value: str) -> dict[str, int]:
+    """sinks=N,window=N."""
+    given = dict(part.split("=", 1) for part in value.split(",") if "=" in part)
+    if len(given) != value.count(",") + 1 or set(given) != {"sinks", "window"}:
+        raise argparse.ArgumentTypeError(f"{value!r} is not sinks=N,window=N")
+    least = {"sinks": 0, "window": 1}
+    return {name: _whole_number(number, least[name]) for name, number in given.items()}
 
 
 def _whole_number(value: str, least: int) -> int:

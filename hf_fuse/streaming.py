@@ -153,6 +153,16 @@ class StreamingCache(Cache):
         frequencies = _frequencies(config_or_model)
         super().__init__(layers=[StreamingLayer(sinks, window, f) for f in frequencies])
 
+    def hold(self, keys: Tensor, values: Tensor, seen: int) -> None:
+        """Keep what is to be kept of all layers' keys and values, [layers, batch, kv_heads, length,
+        head_dim]: the sinks as they came, and the last ones of the `seen` tokens so far.
+        """
+        layer: Any
+        for layer, k, v in zip(self.layers, keys, values, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(k, v)
+            layer.hold(k, v, seen)
+
 
 def _frequencies(config_or_model: Any) -> list[Tensor | None]:
     """Of each layer's rotation. Raises UnsupportedModelError."""

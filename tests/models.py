@@ -162,7 +162,9 @@ class Case:
     def config(self, **changes: Any) -> PretrainedConfig:
         """The config, with `changes` on top."""
         values = {**NO_END, **TINY[self.model_type], **self.changes, **changes}
-        for name in {"layer_types", "no_rope_layers"} & values.keys():  # one for each layer
+        for name in ("layer_types", "no_rope_layers"):  # one for each layer
+            if values.get(name) is None:
+                continue
             values[name] = list(islice(cycle(values[name]), values["num_hidden_layers"]))
         name = "Gemma3Text" if self.model_type == "gemma3_text" else CLASSES[self.model_type]
         return getattr(transformers, f"{name}Config")(**values)
@@ -192,7 +194,8 @@ class Case:
         config._attn_implementation = attention
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[self.model_type] + name)(config)
-        randomize(model, self.scale, seed)
+        centre = 0.0 if self.model_type.startswith("gemma") else 1.0
+        randomize(model, self.scale, seed, centre)
         return model.to(dtype).to(device).eval()
 
 
@@ -282,8 +285,10 @@ each_real_shape = cases(
 )
 
 
-def randomize(model: nn.Module, scale: float, seed: int = 0) -> None:
-    """Random parameters: norm weights around 1, other vectors small, matrices of std `scale`."""
+def randomize(model: nn.Module, scale: float, seed: int = 0, centre: float = 1.0) -> None:
+    """Random parameters: norm weights around `centre`, other vectors small, matrices of std
+    `scale`.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(dict(model.named_parameters()).items()):
@@ -291,7 +296,7 @@ def randomize(model: nn.Module, scale: float, seed: int = 0) -> None:
             if parameter.dim() > 1:
                 parameter.copy_(noise * scale)
             else:
-                parameter.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+                parameter.copy_(noise * 0.2 + (centre if name.endswith("weight") else 0.0))
 
 
 def architecture_of(model: nn.Module) -> Architecture:

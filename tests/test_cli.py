@@ -189,6 +189,22 @@ def test_demo_fails_where_answers_differ(monkeypatch):
         (["ppl", "tiny-llama", "--device", "tpu"], "'tpu'"),
         (["ppl", "tiny-llama", "--batch-size", "0"], "'0' is not a whole number from 1 up"),
         (["ppl", "tiny-llama", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["ppl", "tiny-llama", "--streaming", "4,256"], "'4,256' is not sinks=N,window=N"),
+        (["ppl", "tiny-llama", "--streaming", "sinks=4"], "'sinks=4' is not sinks=N,window=N"),
+        (["ppl", "tiny-llama", "--streaming", "sinks=-1,window=9"], "'-1' is not a whole number"),
+        (["ppl", "tiny-llama", "--streaming", "sinks=4,window=0"], "'0' is not a whole number"),
+        (
+            ["ppl", "tiny-llama", "--streaming", "sinks=4,window=64", "--stride", "9"],
+            "--stride does not go with it",
+        ),
+        (
+            ["ppl", "tiny-llama", "--streaming", "sinks=4,window=64", "--max-tokens", "136"],
+            "streaming needs more than 136 tokens to evict some, got 136",
+        ),
+        (
+            ["ppl", "tiny-gpt2", "--streaming", "sinks=4,window=28", "--max-tokens", "90"],
+            "streaming needs rotary positions",
+        ),
         (["tpot", "tiny-llama", "--prompt-length", "200"], "328, over the model's 256 positions"),
         (["tpot", "tiny-llama", "--new-tokens", "1"], "from 2 up"),
         (["tpot", "tiny-llama", "--batch-size", "1,none"], "'none' is not a whole number"),

@@ -42,9 +42,12 @@ EACH_KIND: list[Callable[[], dict[str, Any]]] = [
     lambda: result("decode-gpt2-xl-h200"), lambda: result("batches-llama-3.2-1b-h200"),
     lambda: result("ppl-decode-tiny-gpt2-cpu"), lambda: result("demo-cpu"),
     lambda: result("step-llama-3.2-1b-h200"), lambda: result("kernels-h200"), lm_eval,
+    lambda: result("streaming-tiny-llama-cpu"),
 ]  # fmt: skip
 each_kind = pytest.mark.parametrize(
-    "make", EACH_KIND, ids=["decode", "sweep", "perplexity", "demo", "step", "kernels", "lm-eval"]
+    "make",
+    EACH_KIND,
+    ids=["decode", "sweep", "perplexity", "demo", "step", "kernels", "lm-eval", "streaming"],
 )
 
 

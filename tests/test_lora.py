@@ -19,7 +19,7 @@ from answers import (
     steps_taken,
 )
 from helpers import count_ops
-from models import PLAIN, Case, architecture_of, cases, layers_of, tokens_for
+from models import PLAIN, Case, architecture_of, cases, heads_of_16, layers_of, tokens_for
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -70,7 +70,7 @@ def config_for(model: nn.Module, variant: str = "all_linear") -> Any:
 
 def wrapped(case: Case, device: str, variant: str = "all_linear", order: str = "") -> Any:
     """The case with adapters; patched first, last, or not."""
-    model = case.build(device=device)
+    model = heads_of_16(case).build(device=device)
     if order == "patch_then_wrap":
         hf_fuse.patch(model)
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_two_adapters_in_turns(case: Case, device: str) -> None:
     plain, model = wrapped(case, device), wrapped(case, device, order="wrap_then_patch")
     for one in (plain, model):
         torch.manual_seed(1)
-        one.add_adapter("other", config_for(case.build(), "attention"))
+        one.add_adapter("other", config_for(heads_of_16(case).build(), "attention"))
     inputs = {"input_ids": tokens_for(plain, 2, 9), **GREEDY}
     tokens = []
     for name in ("default", "other", "default"):
@@ -241,7 +241,9 @@ TOKENS_OF_THEIR_OWN = {
 @cases(PLAIN)
 def test_tuned_prompts_and_prefixes_are_generated_from(case: Case, kind: str, device: str) -> None:
     torch.manual_seed(0)
-    model = peft.get_peft_model(case.build(device=device), TOKENS_OF_THEIR_OWN[kind]()).eval()
+    model = peft.get_peft_model(
+        heads_of_16(case).build(device=device), TOKENS_OF_THEIR_OWN[kind]()
+    ).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter))

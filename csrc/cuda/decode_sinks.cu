@@ -18,12 +18,11 @@ __global__ void __launch_bounds__(kThreads) decode_sinks_kernel(const DecodeSink
   // triggers, as that one does, only when the last step has ended.
   pdl_wait();
   pdl_trigger();
-  const int64_t head = blockIdx.x, index = blockIdx.y, layer = index / p.batch;
+  const int64_t row = blockIdx.x, index = row / p.num_kv_heads, layer = index / p.batch;
   const int64_t slot = *p.length + 1 - p.window - p.sinks;
   const int64_t shift = slot - p.start[index - layer * p.batch];
   if (shift <= 0) return;
   if (slot < 0 || slot + p.sinks > p.capacity) __trap();  // the slots would be another head's
-  const int64_t row = index * p.num_kv_heads + head;
   const int64_t from = row * p.sinks * p.head_dim, to = (row * p.capacity + slot) * p.head_dim;
   const T *const from_keys = static_cast<const T*>(p.sink_keys) + from, *const from_values =
                                                                             static_cast<const T*>(
@@ -54,8 +53,8 @@ __global__ void __launch_bounds__(kThreads) decode_sinks_kernel(const DecodeSink
 void decode_sinks(const DecodeSinks& p, void* stream) {
   dispatch_dtype(kOp, p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch(kOp, decode_sinks_kernel<T>, step_grid(p.num_kv_heads, p.num_layers * p.batch), kThreads,
-           0, stream, p);
+    launch(kOp, decode_sinks_kernel<T>, step_grid(p.num_layers * p.batch * p.num_kv_heads),
+           kThreads, 0, stream, p);
   });
 }
 

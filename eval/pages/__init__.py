@@ -16,12 +16,14 @@ from hf_fuse.eval.pages.answers import lm_eval, perplexity
 from hf_fuse.eval.pages.decoding import decode, sweep
 from hf_fuse.eval.pages.kernels import ops, step
 from hf_fuse.eval.pages.parts import Document, Markup, model_of, page, table, tag, together
+from hf_fuse.eval.pages.streaming import streaming
 
 # The kinds of results in the page's order: heading and content. The demo is two of them.
 SECTIONS: dict[str, tuple[str, Callable[[Sequence[Document]], Markup]]] = {
     "decode": ("Decoding", decode),
     "decode sweep": ("Decoding over batches and prompts", sweep),
     "perplexity": ("Perplexity and KL", perplexity),
+    "streaming": ("Streaming", streaming),
     "lm-eval": ("lm-eval", lm_eval),
     "step": ("A decoding step, kernel by kernel", step),
     "kernels": ("Ops", ops),

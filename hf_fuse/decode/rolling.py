@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -126,11 +126,7 @@ class Rolling:
                 sinks = [self.sink_keys, self.sink_values]
             keys = torch.cat([sinks[0], window], 3)
             values = torch.cat([sinks[1], self._slots(self.values, begin, end)], 3)
-        layer: Any  # a StreamingLayer
-        for layer, k, v in zip(cache.layers, keys, values, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(k, v)
-            layer.hold(k.clone(), v.clone(), seen)
+        cache.hold(keys.clone(), values.clone(), seen)
 
     def _turn(self, keys: Tensor, positions: int) -> None:
         """Rotate keys of all layers on by `positions`, a layer at a time to save memory."""

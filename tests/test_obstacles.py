@@ -189,3 +189,19 @@ def test_the_engines_layout_comes_with_the_spec(device: str) -> None:
     with pytest.raises(Unsuited, match=f"{name}: forward hooks"):
         spec_of(other)
     assert other.transformer.h[0].attn.c_attn.weight.stride(0) != 1
+
+
+@cases(PLAIN)
+def test_hidden_states_asked_for_once_are_no_obstacle(case: Case, device: str) -> None:
+    """transformers leaves the hooks that caught them on its layers."""
+    model = heads_of_16(case).build(device=device)
+    ids = tokens(model, 1, 9)
+    with torch.no_grad():
+        model(ids, output_hidden_states=True)
+    hf_fuse.patch(model)
+    assert hf_fuse.report(model).off_engine == {}
+    model.generate(ids, **GREEDY)
+    assert steps_taken(model) == GREEDY["max_new_tokens"]
+    asked = {"output_hidden_states": True, "return_dict_in_generate": True}
+    output = model.generate(ids, **GREEDY, **asked)
+    assert len(output.hidden_states) == GREEDY["max_new_tokens"]

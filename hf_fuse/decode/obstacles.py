@@ -6,7 +6,7 @@ forward the spec stands for, and nothing may be hung on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def _within(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
         if not source.startswith(KNOWN_SOURCES):  # and what is inside is its own affair
             yield prefix + name, f"{source}.{type(child).__qualname__}{_advice(child)}"
             continue
-        if child._forward_hooks or child._forward_pre_hooks:
+        if any(map(_runs, (*child._forward_hooks.values(), *child._forward_pre_hooks.values()))):
             yield prefix + name, "forward hooks"
         if "forward" in child.__dict__:
             yield prefix + name, "a forward of its own"
@@ -77,6 +77,13 @@ def _within(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
             if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
                 yield prefix + name, f"a weight is a {type(parameter).__name__}"
         yield from _within(child, f"{prefix}{name}.")
+
+
+def _runs(hook: Callable) -> bool:
+    """Whether a hook does something in `generate`. Those that transformers leaves on its layers once
+    hidden states or attentions were asked for do not, unless they are again.
+    """
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _advice(module: nn.Module) -> str:

@@ -80,8 +80,8 @@ def _within(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _runs(hook: Callable) -> bool:
-    """Whether a hook does something in `generate`. Those that transformers leaves on its layers once
-    hidden states or attentions were asked for do not, unless they are again.
+    """Whether a hook does something in `generate`. Those that transformers leaves on its layers,
+    once hidden states or attentions were asked for, do not unless they are again.
     """
     return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 

@@ -281,7 +281,7 @@ class DecodeEngine:
         spec, residual = self._step_spec, self._residual
         options: dict[str, Any] = {"backend": self.backend}
         stack = Stack.of(spec, self.keys, self.values, self.backend) if self.batch == 1 else None
-        if self.rolling:
+        if self.rolling and self.rolling.stream.sinks:
             # Before the embedding, which lets no kernel start that could read the cache too soon.
             yield Kernel("sinks", self.rolling.kernel(self.length, self.start, self.backend))
         if stack:

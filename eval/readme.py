@@ -77,6 +77,10 @@ def kernels_section() -> str:
     )
 
 
+def _median(timing: dict | None, measure: str, digits: int) -> str:
+    return "" if timing is None else f"{timing[measure]['p50']:.{digits}f}"
+
+
 def decode_section() -> str:
     """`generate` at real shapes, from decode-*.json."""
     results = [_load(path.name) for path in sorted(RESULTS.glob("decode-*.json"))]
@@ -86,9 +90,9 @@ def decode_section() -> str:
     rows = [
         [
             r["model"].removeprefix("shape:"),
-            *(f"{r['result'][side]['tpot_ms']['p50']:.3f}" for side in sides),
+            *(_median(r["result"][side], "tpot_ms", 3) for side in sides),
             f"{r['result']['floor_ms']:.3f}",
-            *(f"{r['result'][side]['ttft_ms']['p50']:.1f}" for side in sides[:3]),
+            *(_median(r["result"][side], "ttft_ms", 1) for side in sides[:3]),
         ]
         for r in gpu
     ]
@@ -99,8 +103,9 @@ def decode_section() -> str:
     first = gpu[0]
     return "\n\n".join(
         [
-            f"`model.generate`, greedy, one sequence, prompt 128, 128 new tokens, end of sequence "
-            f"checked, {first['dtype']}, published shapes with random weights, measured on an "
+            f"`model.generate`, greedy, one sequence, prompt 128, 128 new tokens (64 where no "
+            f"compiled path stands beside it), end of sequence checked, {first['dtype']}, "
+            f"published shapes with random weights, measured on an "
             f"{first['device']} (torch {first['versions']['torch']}, transformers "
             f"{first['versions']['transformers']}, {first['date'][:10]}). Milliseconds, medians: "
             f"time per output token in transformers' eager mode, with its static cache and "

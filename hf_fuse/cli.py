@@ -92,13 +92,14 @@ def _streaming(arguments: argparse.Namespace) -> int:
     for option in (name for name, value in given.items() if value is not None):
         raise UsageError(f"--streaming reads one long text: {option} does not go with it")
     text, model, tokenizer, options = _prepare(arguments)
+    name = text.name
     if tokenizer is None:  # random weights: only the times mean something
-        ids = prompts(None, text, 1, arguments.max_tokens or 20000)[0]
+        ids, name = prompts(None, text, 1, arguments.max_tokens or 20000)[0], "random tokens"
     else:
         ids = encode(tokenizer, text, arguments.max_tokens)
     result = evaluate_streaming(model, ids, **arguments.streaming, **options)
-    print(f"{arguments.model}, {_dtype_of(model)}, {text.name}\n\n{streaming_table(result)}")
-    facts = {"text": text.name, "text_digest": text.digest, "result": result.to_dict()}
+    print(f"{arguments.model}, {_dtype_of(model)}, {name}\n\n{streaming_table(result)}")
+    facts = {"text": name, "text_digest": text.digest, "result": result.to_dict()}
     _save(arguments, model, "streaming", facts, streaming=result)
     return 0
 

@@ -56,7 +56,7 @@ VARIANTS = [
 VARIANTS += [
     Variant(kind, inputs, norms)
     for kind in ("rms_once", "rms_offset")
-    for inputs, norms in ((1, 1), (2, 1), (3, 2))
+    for inputs, norms in ((1, 1), (3, 2))
 ]
 FEW = [
     Variant("rms"),

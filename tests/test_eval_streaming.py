@@ -65,7 +65,9 @@ def check_flat(result: StreamingResult) -> None:
     assert result.full.quarters[-1] > 1.1 * result.streaming.quarters[-1]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [MODELS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS[1:])]
+)
 def test_perplexity_stays_where_it_was(name: str, device: str) -> None:
     model, ids = model_and_text(name, device, 2000)
     check_flat(evaluate_streaming(model, ids, sinks=4, window=252, **QUIET))

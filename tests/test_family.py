@@ -88,7 +88,7 @@ def test_perplexity_moves_by_no_more_than_0_05_percent(
     model = Case(case.id, case.model_type, attention=case.attention, scale=0.05).build(
         dtype=dtype, device=device
     )
-    ids = tokens_for(model, 32, 128)
+    ids = tokens_for(model, 16, 128)
 
     def loss() -> float:
         output = logits(model, input_ids=ids).float()

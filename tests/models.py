@@ -279,7 +279,7 @@ def cases(*groups: tuple[Case, ...], slow: tuple[str, ...] = ()) -> pytest.MarkD
     )
 
 
-QUICK_SHAPES = ("SmolLM-135M", "pythia-160m")
+QUICK_SHAPES = ("SmolLM-135M",)
 each_real_shape = cases(
     REAL_SHAPES, slow=tuple(c.id for c in REAL_SHAPES if c.id not in QUICK_SHAPES)
 )

@@ -147,10 +147,7 @@ def _tpot(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from hf_fuse.eval.demo import run_demo
-    from hf_fuse.eval.report import prepare_output
 
-    for path in (arguments.json, arguments.png):
-        prepare_output(path)
     rows = run_demo(
         device=arguments.device,
         dtype=arguments.dtype,

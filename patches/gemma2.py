@@ -45,7 +45,9 @@ class FusedGemma2MLP(decoder.FusedGatedMLP, hf.Gemma2MLP):
     pass
 
 
-class FusedGemma2ForCausalLM(decoder.FusedForCausalLM, hf.Gemma2ForCausalLM):
+class FusedForCausalLM(decoder.FusedForCausalLM):
+    """What Gemma 2 and 3 share: a scaled embedding, and a soft cap of the logits."""
+
     norms = NORMS
 
     def scales(self) -> dict[str, float]:
@@ -55,6 +57,8 @@ class FusedGemma2ForCausalLM(decoder.FusedForCausalLM, hf.Gemma2ForCausalLM):
             "logits_softcap": self.config.final_logit_softcapping or 0.0,
         }
 
+
+class FusedGemma2ForCausalLM(FusedForCausalLM, hf.Gemma2ForCausalLM):
     def softcap(self, attention: Any) -> float:
         """Torch's sdpa has no cap: transformers passes over it there, or refuses to run."""
         by_sdpa = self.config._attn_implementation == "sdpa"

@@ -4,12 +4,11 @@ window have frequencies of their own.
 
 from __future__ import annotations
 
-import torch
 from transformers.models.gemma3 import modeling_gemma3 as hf
 
 from hf_fuse.decode import spec
 from hf_fuse.patches import decoder
-from hf_fuse.patches.gemma2 import NORMS, refuse_bidirectional
+from hf_fuse.patches.gemma2 import NORMS, FusedForCausalLM, refuse_bidirectional
 
 
 class FusedGemma3RMSNorm(decoder.FusedRMSNorm, hf.Gemma3RMSNorm):
@@ -29,16 +28,7 @@ class FusedGemma3MLP(decoder.FusedGatedMLP, hf.Gemma3MLP):
     pass
 
 
-class FusedGemma3ForCausalLM(decoder.FusedForCausalLM, hf.Gemma3ForCausalLM):
-    norms = NORMS
-
-    def scales(self) -> dict[str, float]:
-        dtype, size = self.model.embed_tokens.weight.dtype, self.config.hidden_size
-        return {
-            "embedding_scale": float(torch.tensor(size**0.5, dtype=dtype)),
-            "logits_softcap": self.config.final_logit_softcapping or 0.0,
-        }
-
+class FusedGemma3ForCausalLM(FusedForCausalLM, hf.Gemma3ForCausalLM):
     def rotations(self) -> dict[str | None, spec.Rotation]:
         rotary = self.model.rotary_emb
         return {kind: spec.rotation(rotary, kind) for kind in set(self.config.layer_types)}

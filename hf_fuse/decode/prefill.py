@@ -71,9 +71,12 @@ class _Attention:
 
     def _mask(self, window: int) -> Tensor | None:
         """[batch or 1, 1, length, length], or None where the causal mask is all."""
-        slots = torch.arange(self.positions.shape[1], device=self.positions.device)
-        window = window if window < len(slots) else 0
-        if window not in self.masks and (window or self.first is not None):
+        length = self.positions.shape[1]
+        window = window if window < length else 0
+        if not window and self.first is None:
+            return None
+        if window not in self.masks:
+            slots = torch.arange(length, device=self.positions.device)
             seen = slots <= slots[:, None]
             if window:
                 seen = seen & (slots > slots[:, None] - window)
@@ -82,7 +85,7 @@ class _Attention:
                 # Padding sees itself: a row that sees nothing would be NaN.
                 seen = (seen & (slots >= self.first[:, :, None])) | (slots == slots[:, None])
             self.masks[window] = seen[:, None]
-        return self.masks.get(window)
+        return self.masks[window]
 
     def _cos_sin(self, rotation: Rotation) -> tuple[Tensor, Tensor]:
         if id(rotation) not in self.tables:

@@ -14,20 +14,27 @@ fuses across what an opaque kernel would cut.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_fuse import ops
 from hf_fuse.ops.rotary import reference as rotary_reference
 
 STATE = "_hf_fuse"  # the key in a swapped module's __dict__
 _CARRIED = "_hf_fuse_carried"  # the attribute of a residual tensor
+# What transformers calls the key-value cache, as an argument and in outputs: "cache" from 5.24 on.
+_OUTPUTS = {field.name for field in fields(BaseModelOutputWithPast)}
+CACHE = "cache" if "cache" in _OUTPUTS else "past_key_values"
 
 
 @dataclass(eq=False)
@@ -69,6 +76,23 @@ step_aside = torch.compiler.is_compiling
 def state_of(module: nn.Module) -> Fused:
     """The `Fused` of a swapped module."""
     return module.__dict__[STATE]
+
+
+def by_name(
+    module: nn.Module, positional: Sequence[Any], arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a swapped layer's forward but its input, by the names that the installed
+    transformers has for them.
+    """
+    if not positional:
+        return arguments
+    names = _names_after_input(state_of(module).original)  # type: ignore[arg-type]
+    return arguments | dict(zip(names, positional, strict=False))
+
+
+@functools.cache
+def _names_after_input(layer: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(layer.forward).parameters)[2:]
 
 
 def carry(
@@ -250,11 +274,13 @@ def rotate_and_cache(
     v: Tensor,
     position_embeddings: Any,
     cache: Cache | None,
+    kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate q and k and put k and v into the cache; returns what attention reads.
 
     With a plain static cache and nothing to differentiate, one kernel rotates and writes into the
     cache. q is [batch, heads, seq_len, head_dim], k and v [batch, kv_heads, seq_len, head_dim].
+    `kwargs`: as in `update`.
     """
     cos, sin = position_embeddings
     fused = state_of(attention)
@@ -278,18 +304,30 @@ def rotate_and_cache(
             )
             return q, static.keys, static.values
         q, k = ops.rotary(q, k, cos, sin, backend=fused.backend)
-    if cache is not None:
-        k, v = cache.update(k, v, attention.layer_idx)
-    return q, k, v
+    return q, *update(cache, k, v, attention.layer_idx, kwargs)
+
+
+def update(
+    cache: Cache | None, k: Tensor, v: Tensor, index: int, kwargs: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """k and v put into the cache, if there is one; returns what attention reads. `kwargs` are those
+    of the attention function, which the paged cache of transformers 5.24 writes into.
+    """
+    if cache is None:
+        return k, v
+    if kwargs is None or CACHE != "cache":
+        return cache.update(k, v, index)
+    return cache.update(k, v, index, kwargs=kwargs)
 
 
 def _plain_static_layer(cache: Cache | None, index: int, k: Tensor, v: Tensor) -> Any:
     """The static cache layer a fused write may go to, made ready; None when its own `update` must
     run.
     """
-    if cache is None or getattr(cache, "offloading", False) or len(cache.layers) <= index:
+    layers: Any = getattr(cache, "layers", ())  # a paged cache has none
+    if getattr(cache, "offloading", False) or len(layers) <= index:
         return None
-    layer: Any = cache.layers[index]
+    layer = layers[index]
     if type(layer) is not StaticLayer or (
         torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     ):

@@ -1,4 +1,6 @@
-"""patch's own check: one small input through the backbone, before and after."""
+"""patch's own check: one small input through the backbone, before and after, its last tokens over
+the cache that the first ones leave.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fuse.modules import CACHE
+
 # Relative difference of the last hidden state that reordered roundings explain, with room: a wrong
 # kernel is off by about 1. Two right computations of a 48-layer bfloat16 model differ by about
 # 2e-2.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-BATCH, LENGTH = 2, 9
+BATCH, LENGTH, CACHED = 2, 9, 7
 
 
 class VerificationError(RuntimeError):
@@ -24,8 +28,8 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the backbone answered: its last hidden state [batch, length, hidden_size], on CPU in
-    float64.
+    """What the backbone answered: the last hidden states [batch, length, hidden_size] of all
+    tokens, on CPU in float64.
     """
 
     hidden: Tensor
@@ -45,7 +49,14 @@ def snapshot(backbone: nn.Module) -> Snapshot | None:
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0  # left padding, so that masked rows are compared too
     with _undisturbed(backbone), torch.no_grad():
-        hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        first = backbone(
+            input_ids=tokens[:, :CACHED], attention_mask=mask[:, :CACHED], use_cache=True
+        )
+        then = backbone(
+            input_ids=tokens[:, CACHED:], attention_mask=mask, use_cache=True,
+            **{CACHE: first[CACHE]},
+        )  # fmt: skip
+    hidden = torch.cat([first.last_hidden_state, then.last_hidden_state], dim=1)
     return Snapshot(hidden.double().cpu(), hidden.dtype)
 
 

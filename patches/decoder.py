@@ -7,10 +7,8 @@ k, v and rotary positions. From that come both the fused classes' forwards and t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,13 +18,16 @@ from hf_fuse import ops
 from hf_fuse.decode import spec
 from hf_fuse.decode.loop import Generates
 from hf_fuse.modules import (
+    CACHE,
     FusedNorm,
+    by_name,
     carry,
     enter,
     hand_over,
     rotate_and_cache,
     state_of,
     step_aside,
+    update,
 )
 from hf_fuse.ops.activations import from_module
 from hf_fuse.patches.architecture import Architecture, Swap, accept, unknown_activation
@@ -70,11 +71,9 @@ class FusedDecoderLayer(nn.Module):
     norms: ClassVar[Norms] = PRE_NORMS
 
     def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
-        if positional:
-            names = _names_after_input(state_of(self).original)
-            arguments |= dict(zip(names, positional, strict=False))
         if step_aside():
-            return super().forward(hidden_states, **arguments)
+            return super().forward(hidden_states, *positional, **arguments)
+        arguments = by_name(self, positional, arguments)
         norms = self.norms
         hidden_states = enter(self, norms.of(self, norms.before_attention), hidden_states)
         normed = self._norm(norms.before_attention, hidden_states)
@@ -110,24 +109,19 @@ class FusedAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *positional: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if step_aside():
-            return super().forward(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+            return super().forward(hidden_states, *positional, **kwargs)
+        kwargs = by_name(self, positional, kwargs)
+        cache, attention_mask = kwargs.pop(CACHE, None), kwargs.pop("attention_mask", None)
+        position_embeddings = kwargs.pop("position_embeddings", None)
         q, k, v = self._heads(hidden_states)
         if getattr(self, "use_rope", True):
-            q, k, v = rotate_and_cache(self, q, k, v, position_embeddings, past_key_values)
-        elif past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+            q, k, v = rotate_and_cache(self, q, k, v, position_embeddings, cache, kwargs)
+        else:
+            k, v = update(cache, k, v, self.layer_idx, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, type(self).eager
         )
@@ -284,9 +278,3 @@ def architecture(
 
 def _unknown_act(mlp: nn.Module) -> str | None:
     return unknown_activation("act_fn" if hasattr(mlp, "act_fn") else "activation_fn")(mlp)
-
-
-@cache
-def _names_after_input(layer: type[nn.Module]) -> tuple[str, ...]:
-    """Of the arguments of transformers' own forward, whose order differs."""
-    return tuple(inspect.signature(layer.forward).parameters)[2:]

@@ -7,13 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.models.gpt2 import modeling_gpt2 as hf
 
 from hf_fuse import ops
 from hf_fuse.decode import spec
 from hf_fuse.decode.loop import Generates
-from hf_fuse.modules import FusedLayerNorm, carry, enter, hand_over, state_of, step_aside
+from hf_fuse.modules import FusedLayerNorm, by_name, carry, enter, hand_over, state_of, step_aside
 from hf_fuse.ops.activations import from_module
 from hf_fuse.patches.architecture import Architecture, Swap, unknown_activation
 
@@ -21,31 +20,12 @@ from hf_fuse.patches.architecture import Architecture, Swap, unknown_activation
 class FusedGPT2Block(hf.GPT2Block):
     """The block with each add fused to the norm that reads it."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        use_cache: bool | None = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        arguments = {
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "use_cache": use_cache,
-            **kwargs,
-        }
-        if (
-            step_aside() or encoder_hidden_states is not None
-        ):  # the latter only to raise what transformers raises
-            return super().forward(
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                **arguments,
-            )
+    def forward(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+        if step_aside():
+            return super().forward(hidden_states, *positional, **arguments)
+        arguments = by_name(self, positional, arguments)
+        if arguments.get("encoder_hidden_states") is not None:  # to raise what transformers raises
+            return super().forward(hidden_states, **arguments)
         hidden_states = enter(self, opening_norms(self), hidden_states)
         attention, _ = self.attn(self.ln_1(hidden_states), **arguments)
         hidden_states = carry(self, (self.ln_2,), hidden_states, attention)

@@ -19,6 +19,7 @@ from hf_fuse.eval import streaming as evaluation
 from hf_fuse.eval.loading import encode, load_model
 from hf_fuse.eval.streaming import StreamingResult, evaluate_streaming
 from hf_fuse.eval.text import pydoc_text
+from hf_fuse.modules import CACHE
 
 MODELS = ("tiny-llama", "tiny-gpt_neox")
 QUIET = {"progress": False}
@@ -41,7 +42,7 @@ def nll_over_the_cache(model: PreTrainedModel, ids: Tensor, cache: StreamingCach
     with torch.no_grad():
         for token, target in pairwise(ids):
             new = token.view(1, 1).to(model.device)
-            logits = model(input_ids=new, past_key_values=cache).logits[0, -1]
+            logits = model(input_ids=new, **{CACHE: cache}).logits[0, -1]
             found.append(-float(logits.double().log_softmax(-1)[target]))
     return torch.tensor(found)
 

@@ -15,6 +15,7 @@ from answers import left_to_transformers, steps_taken
 from helpers import count_ops
 from models import (
     FAMILY,
+    GPT2,
     LLAMA,
     PLAIN,
     TRAINED,
@@ -28,7 +29,9 @@ from models import (
 )
 from torch import Tensor, nn
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
     StaticCache,
     TextIteratorStreamer,
@@ -41,7 +44,7 @@ import hf_fuse
 from hf_fuse.decode.loop import engine_of
 from hf_fuse.decode.sampling import selection_of
 from hf_fuse.eval.loading import load_model
-from hf_fuse.modules import state_of
+from hf_fuse.modules import CACHE, state_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 NAN = float("nan")
@@ -116,7 +119,7 @@ def test_prompts_run_again_give_the_same_bits(case: Case, batch: int, device: st
 
     def run(ids: Tensor) -> Any:
         out = model.generate(input_ids=ids, **arguments, **GREEDY)
-        keys = [layer.keys for layer in out.past_key_values.layers]
+        keys = [layer.keys for layer in out[CACHE].layers]
         return out.sequences, out.logits, keys
 
     expected = [run(ids)[0].tolist() for ids in prompts]
@@ -180,7 +183,7 @@ def test_scores_logits_and_cache_are_returned(case: Case, device: str) -> None:
     for name in ("scores", "logits"):
         ours, theirs = torch.stack(getattr(actual, name)), torch.stack(getattr(expected, name))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    ours, theirs = actual.past_key_values, expected.past_key_values
+    ours, theirs = actual[CACHE], expected[CACHE]
     assert type(ours) is type(theirs)
     assert ours.get_seq_length() == theirs.get_seq_length() == 7 + 11
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
@@ -201,9 +204,7 @@ def test_a_cache_passed_in_is_continued(case: Case, cache_type: Any, device: str
 
         def call(ids: Tensor) -> Tensor:
             mask = torch.ones_like(ids)
-            return model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, **arguments
-            )
+            return model.generate(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **arguments)
 
         second = call(torch.cat([call(ids), ids[:, :3]], -1))
         return second, int(cache.get_seq_length())
@@ -623,8 +624,27 @@ def test_a_static_cache_too_short_goes_to_transformers() -> None:
     cache = StaticCache(config=model.config, max_cache_len=10)
     ids = tokens_for(model, 1, 8)
     with pytest.raises((IndexError, RuntimeError)):  # transformers' own
-        model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=9, **GREEDY)
+        model.generate(input_ids=ids, max_new_tokens=9, **{CACHE: cache}, **GREEDY)
     assert "the static cache is too short" in left_to_transformers(model)
+
+
+@cases((LLAMA, GPT2))  # transformers 5.24 has it for no GPT-NeoX
+def test_continuous_batching(case: Case) -> None:
+    model = case.build(device="cpu", attention="sdpa")
+    rows = tokens_for(model, 2, 9).tolist()
+    config = GenerationConfig(max_new_tokens=6, eos_token_id=-1, **GREEDY)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    answers = []
+    for patch in (False, True):
+        if patch:
+            hf_fuse.patch(model)
+        outputs = model.generate_batch(
+            inputs=[rows[0], rows[1][:5]], generation_config=config, progress_bar=False,
+            continuous_batching_config=small,
+        )  # fmt: skip
+        answers.append([output.generated_tokens for output in outputs.values()])
+    assert [len(tokens) for tokens in answers[0]] == [6, 6]
+    assert answers[0] == answers[1]
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ import hf_fuse
 from hf_fuse.eval.loading import MODELS, encode
 from hf_fuse.eval.perplexity import PerplexityResult, evaluate_perplexity
 from hf_fuse.eval.text import pydoc_text
+from hf_fuse.modules import CACHE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,7 +151,7 @@ def test_two_generate_calls_on_one_cache(case: Case, kind: str, device: str) -> 
 
     def run(model: nn.Module) -> Any:
         cache = new_cache(kind, model)
-        options = {"past_key_values": cache, "max_new_tokens": 12, **GREEDY}
+        options = {CACHE: cache, "max_new_tokens": 12, **GREEDY}
         first = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         longer = torch.cat((first, more), dim=1)
         second = model.generate(longer, attention_mask=torch.ones_like(longer), **options)
@@ -168,8 +169,8 @@ def test_forward_then_generate_on_its_cache(case: Case, kind: str, device: str) 
 
     def run(model: nn.Module) -> Any:
         cache = new_cache(kind, model)
-        first = logits(model, input_ids=ids[:, :9], past_key_values=cache, use_cache=True)
-        options = {"past_key_values": cache, "max_new_tokens": 12, **GREEDY}
+        first = logits(model, input_ids=ids[:, :9], use_cache=True, **{CACHE: cache})
+        options = {CACHE: cache, "max_new_tokens": 12, **GREEDY}
         return first, model.generate(ids, attention_mask=mask, **options), cache
 
     check(model, run)
@@ -188,7 +189,7 @@ def test_a_cache_crosses_over_to_the_patched_model_and_back(
         for i, on in enumerate(patched):
             with hf_fuse.patched(model) if on else nullcontext():
                 part = ids[:, 7 * i : 7 * i + 7]
-                outputs.append(logits(model, input_ids=part, past_key_values=cache, use_cache=True))
+                outputs.append(logits(model, input_ids=part, use_cache=True, **{CACHE: cache}))
         return outputs
 
     expected = steps((False, False, False))

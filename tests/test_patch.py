@@ -45,7 +45,7 @@ import hf_fuse
 from hf_fuse import ops as fused_ops
 from hf_fuse import patching
 from hf_fuse.modules import STATE
-from hf_fuse.patches import ARCHITECTURES
+from hf_fuse.patches import ARCHITECTURES, decoder, gpt_neox
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -407,6 +407,25 @@ def test_a_patch_that_fails_half_way_leaves_no_trace(
             hf_fuse.patch(model)
     before.assert_unchanged()
     assert same(logits(hf_fuse.patch(model)), before.logits)
+
+
+@cases((LLAMA, GPT_NEOX))
+def test_a_patch_that_loses_the_cache_is_refused(
+    case: Case, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one would that knows the cache by a name of another release of transformers."""
+    model = case.build(device=device)
+    before = Before(model)
+    attention = decoder if case is LLAMA else gpt_neox
+    right = attention.rotate_and_cache
+
+    def without_cache(attention: Any, q: Tensor, k: Tensor, v: Tensor, at: Any, *_: Any) -> Any:
+        return right(attention, q, k, v, at, None)
+
+    monkeypatch.setattr(attention, "rotate_and_cache", without_cache)
+    with pytest.raises(hf_fuse.VerificationError, match="differs from the unpatched one's"):
+        hf_fuse.patch(model)
+    before.assert_unchanged()
 
 
 def test_a_second_patch_that_fails_leaves_the_first(

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import hf_fuse
 from hf_fuse import StreamingCache
 from hf_fuse.decode.loop import engine_of
-from hf_fuse.modules import state_of
+from hf_fuse.modules import CACHE, state_of
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 SINKS, WINDOW, NEW = 4, 24, 60
@@ -37,8 +37,7 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int, cache: Any, **option
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new,
-        past_key_values=cache,
-        **{**GREEDY, **options},
+        **{**GREEDY, CACHE: cache, **options},
     )
 
 
@@ -126,7 +125,7 @@ def test_chunks_attend_to_what_was_kept(
     cache = StreamingCache(model.config, sinks, window)
     with torch.no_grad():
         parts = [
-            model(input_ids=ids[:, a:b], past_key_values=cache).logits
+            model(input_ids=ids[:, a:b], **{CACHE: cache}).logits
             for a, b in zip(chunks, [*chunks[1:], 80], strict=True)
         ]
     expected = reference_logits(model, ids, chunks, sinks, window, monkeypatch)
@@ -198,11 +197,11 @@ def test_beams_are_those_of_single_sequences(case: Case, device: str) -> None:
     )  # fmt: skip
     cache, total = StreamingCache(model, SINKS, WINDOW), 0.0
     with torch.no_grad():
-        logits = model(input_ids=ids, past_key_values=cache).logits[:, -1]
+        logits = model(input_ids=ids, **{CACHE: cache}).logits[:, -1]
         for token in out.sequences[0, 9:].tolist():
             total += float(logits.log_softmax(-1)[0, token])
             new = torch.tensor([[token]], device=device)
-            logits = model(input_ids=new, past_key_values=cache).logits[:, -1]
+            logits = model(input_ids=new, **{CACHE: cache}).logits[:, -1]
     assert total == pytest.approx(float(out.sequences_scores[0]), abs=1e-3)
 
 
@@ -360,7 +359,7 @@ def test_padding_is_refused(device: str) -> None:
     hf_fuse.patch(model, verify=False)
     inputs = padded(tokens_for(model, 2, 9), "left")
     with pytest.raises(ValueError, match="StreamingCache takes no padding"):
-        model.generate(**inputs, max_new_tokens=5, past_key_values=StreamingCache(model), **GREEDY)
+        model.generate(**inputs, max_new_tokens=5, **{CACHE: StreamingCache(model)}, **GREEDY)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

@@ -42,7 +42,7 @@ from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.decode.rolling import Stream
 from hf_fuse.decode.sampling import selection_of
 from hf_fuse.decode.spec import DecoderSpec, Unsuited, store_as_before
-from hf_fuse.modules import state_of, step_aside
+from hf_fuse.modules import CACHE, state_of, step_aside
 from hf_fuse.ops._library import kernels
 from hf_fuse.streaming import StreamingCache, StreamingLayer
 
@@ -50,7 +50,7 @@ from hf_fuse.streaming import StreamingCache, StreamingLayer
 KNOWN_KWARGS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE,
     "use_cache",
     "logits_to_keep",
 }
@@ -185,7 +185,7 @@ class Call:
         for found, reason in checks:
             if found:
                 raise Unsuited(reason)
-        _check_cache(kwargs.get("past_key_values"), self.max_length)
+        _check_cache(kwargs.get(CACHE), self.max_length)
         if not kernels(self.input_ids.device.type):
             raise Unsuited("the kernels could not be built")
 
@@ -200,7 +200,7 @@ class Call:
         self.start = _left_padding(self.kwargs.get("attention_mask"), self.batch)
         self._check_positions()
         slots, stream = self.max_length, None
-        cache = self.kwargs["past_key_values"]
+        cache = self.kwargs[CACHE]
         if type(cache) is StreamingCache:
             slots = 0 if cache.get_seq_length() else self.prompt
             stream = Stream(cache.sinks, cache.window)
@@ -241,7 +241,7 @@ class Call:
 
     def run(self, engine: DecodeEngine, streamer: Any) -> Any:
         """Prefill, then a token at a time."""
-        cache: Any = self.kwargs["past_key_values"]
+        cache: Any = self.kwargs[CACHE]
         kept = Logits()
         tokens: list[Tensor] = []
         with torch.no_grad():
@@ -264,7 +264,7 @@ class Call:
             sequences=cast(Any, sequences),
             scores=cast(Any, tuple(kept.scores)) if self.config.output_scores else None,
             logits=cast(Any, tuple(kept.raw)) if self.config.output_logits else None,
-            past_key_values=cache,
+            **{CACHE: cache},
         )
 
     def _prefill(self, engine: DecodeEngine, cache: Any) -> int:
@@ -431,7 +431,7 @@ def _left_padding(mask: Tensor | None, batch: int) -> Tensor:
 def _refuse_padding(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for padding and a StreamingCache: it would be taken for the sinks."""
     mask = kwargs.get("attention_mask")
-    streaming = isinstance(kwargs.get("past_key_values"), StreamingCache)
+    streaming = isinstance(kwargs.get(CACHE), StreamingCache)
     if streaming and mask is not None and not bool(mask.all()):
         raise ValueError("a StreamingCache takes no padding, and the attention mask has some")
 

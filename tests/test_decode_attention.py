@@ -131,12 +131,15 @@ def make_attention(
 
 
 @each_dtype
+@pytest.mark.parametrize("capacity", [132, 600])  # on a GPU, heads one by one or in groups
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 80, 96, 128])
 def test_attention_of_every_head(
-    head_dim: int, group: int, dtype: torch.dtype, device: str
+    head_dim: int, group: int, capacity: int, dtype: torch.dtype, device: str
 ) -> None:
-    make_attention(dtype, device, head_dim=head_dim, group=group, start=(0, 5)).check()
+    make_attention(
+        dtype, device, head_dim=head_dim, group=group, start=(0, 5), capacity=capacity
+    ).check()
 
 
 @each_dtype

@@ -246,6 +246,23 @@ def test_linear_of_many_sequences(
         assert torch.equal(call(backend=device), call(backend=device))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", LOW, ids=name_of)
+@pytest.mark.parametrize("batch", [3, 8, 16, 32])
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    # by four warps of two blocks; two blocks, several tiles a warp; a block more than there is room
+    [(1024, 4096), (1024, 16400), (4096, 6144), (160, 36001)],
+    ids=name_of,
+)
+def test_linear_of_many_sequences_and_rows(
+    size: int, rows: int, batch: int, dtype: torch.dtype
+) -> None:
+    call = make_linear(size, [rows], dtype, "cuda", batch=batch, biases=[True])
+    call.check()
+    assert torch.equal(call(backend="cuda"), call(backend="cuda"))
+
+
 @pytest.mark.parametrize("batch", [5, 33])
 def test_gated_of_many_sequences_with_strided_rows(batch: int, device: str) -> None:
     call = make_linear(

@@ -249,6 +249,8 @@ def test_tuned_prompts_and_prefixes_are_generated_from(case: Case, kind: str, de
             parameter.data.add_(torch.randn_like(parameter))
     inputs = {"input_ids": tokens_for(model, 2, 9), **GREEDY}
     expected = model.generate(**inputs).tolist()
+    if expected == model.get_base_model().generate(**inputs).tolist():
+        pytest.skip("this PEFT hands its prefixes on by a name that this transformers drops")
     base = hf_fuse.patch(model).get_base_model()
     untuned = base.generate(**inputs).tolist()
     assert steps_taken(base) == GREEDY["max_new_tokens"]

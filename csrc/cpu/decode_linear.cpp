@@ -3,8 +3,9 @@
 // is summed in registers, so that a weight is widened once for the sequences of a tile and x is
 // loaded once for its rows.
 //
-// A sum runs along its row in as many chains as a register has lanes: its bits depend neither on
-// the tiles, nor on the threads, nor on the other sequences.
+// A sum runs along its row in as many chains as a register has lanes, begun anew every kSumSize
+// elements: rounding errors grow with the length of a chain. Its bits depend neither on the tiles,
+// nor on the threads, nor on the other sequences.
 #include "cpu_activations.h"
 #include "decode.h"
 
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t kTileRows = 4, kTileBatch = 4;
 constexpr int64_t kBlockRows = 256;  // between two epilogues; a multiple of a vector
+constexpr int64_t kSumSize = 1024;   // a multiple of a vector
 
 // What the rows are multiplied with: [batch, stride] in fp32, zero from size to stride.
 struct Input {
@@ -77,20 +79,29 @@ template <typename T, int kRows, int kBatch>
 void multiply_tile(const T* weight, int64_t stride, int64_t spacing, const float* x,
                    const Input& input, float* y) {
   const int64_t size = input.size, x_stride = input.stride;
-  vec<float> sum[kRows][kBatch] = {};
-  for (int64_t i = 0; i < size; i += kLanes<float>) {
+  vec<float> total[kRows][kBatch] = {};
+  for (int64_t first = 0; first < size; first += kSumSize) {
+    const int64_t end = std::min(first + kSumSize, size);
+    vec<float> sum[kRows][kBatch] = {};
+    for (int64_t i = first; i < end; i += kLanes<float>) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const vec<float> w = load_vec(weight + r * spacing * stride + i, size - i);
+      for (int r = 0; r < kRows; ++r) {
+        const vec<float> w = load_vec(weight + r * spacing * stride + i, size - i);
 #pragma GCC unroll 4
-      for (int b = 0; b < kBatch; ++b)
-        sum[r][b] = multiply_add(w, load_vec(x + b * x_stride + i), sum[r][b]);
+        for (int b = 0; b < kBatch; ++b)
+          sum[r][b] = multiply_add(w, load_vec(x + b * x_stride + i), sum[r][b]);
+      }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int b = 0; b < kBatch; ++b) total[r][b] += sum[r][b];
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int b = 0; b < kBatch; ++b) y[b * kBlockRows + r * spacing] = sum_lanes<float>(sum[r][b]);
+    for (int b = 0; b < kBatch; ++b)
+      y[b * kBlockRows + r * spacing] = sum_lanes<float>(total[r][b]);
 }
 
 template <typename T, int kRows>

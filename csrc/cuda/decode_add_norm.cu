@@ -39,8 +39,8 @@ void decode_add_norm(const DecodeAddNorm& p, void* stream) {
   dispatch_dtype(kOp, p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     launch_rms(kOp, p.size, [&](auto per, int threads) {
-      launch(kOp, decode_add_norm_kernel<T, decltype(per)::value>, step_grid(p.batch), threads, 0,
-             stream, p);
+      launch(kOp, decode_add_norm_kernel<T, decltype(per)::value>, step_grid(p.batch, p.batch),
+             threads, 0, stream, p);
     });
   });
 }

@@ -53,8 +53,9 @@ void decode_embed(const DecodeEmbed& p, void* stream) {
     if (p.batch == 0 || p.size == 0) return;
     const auto run = [&](auto width) {
       using V = decltype(width);
-      launch(kOp, decode_embed_kernel<V>, step_grid(ceil_div(p.size, kThreads * V::kSize), p.batch),
-             kThreads, 0, stream, p);
+      launch(kOp, decode_embed_kernel<V>,
+             step_grid(p.batch, ceil_div(p.size, kThreads * V::kSize), p.batch), kThreads, 0,
+             stream, p);
     };
     // 4 elements a thread: enough threads to a row, and one 16-byte store.
     using V = Vec<T, 4>;

@@ -32,8 +32,8 @@ void decode_head_norm(const DecodeHeadNorm& p, void* stream) {
     using T = typename decltype(tag)::type;
     const int64_t rows = p.q_width / p.q_size + p.k_width / p.k_size;
     launch_rms(kOp, std::max(p.q_size, p.k_size), [&](auto per, int threads) {
-      launch(kOp, decode_head_norm_kernel<T, decltype(per)::value>, step_grid(rows, p.batch),
-             threads, 0, stream, p);
+      launch(kOp, decode_head_norm_kernel<T, decltype(per)::value>,
+             step_grid(p.batch, rows, p.batch), threads, 0, stream, p);
     });
   });
 }

@@ -66,7 +66,7 @@ void decode_linear_elements(const DecodeLinear& p, int64_t units, void* stream) 
   const int64_t blocks = std::min<int64_t>(ceil_div(units, 8), 4 * device_info(kOp).num_sms);
   dispatch_dtype(kOp, p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch(kOp, decode_linear_elements_kernel<T>, step_grid(blocks), 256, 0, stream, p,
+    launch(kOp, decode_linear_elements_kernel<T>, step_grid(p.batch, blocks), 256, 0, stream, p,
            RowTable<T>(p), static_cast<int>(units));
   });
 }

@@ -371,7 +371,7 @@ void decode_sample(const DecodeSample& p, void* stream) {
     cluster *= 2;
   }
   const auto run = [&](auto kernel) {
-    launch(kOp, kernel, step_grid(cluster, batch, cluster), kThreads, 0, stream, p);
+    launch(kOp, kernel, step_grid(batch, cluster, batch, cluster), kThreads, 0, stream, p);
   };
   if (items(cluster) > kMostItems) return run(decode_sample_kernel<0>);
   if (items(cluster) > kManyItems) return run(decode_sample_kernel<kMostItems>);

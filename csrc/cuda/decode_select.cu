@@ -55,8 +55,8 @@ void decode_select(const DecodeSelect& p, void* stream) {
   const int64_t blocks = std::min(std::clamp<int64_t>(kBlocks / p.batch, 1, kMaxSelectBlocks),
                                   ceil_div(p.vocab, kLogitsPerBlock));
   const auto run = [&](auto width) {
-    launch(kOp, decode_select_kernel<decltype(width)>, step_grid(blocks, p.batch), kThreads, 0,
-           stream, p);
+    launch(kOp, decode_select_kernel<decltype(width)>, step_grid(p.batch, blocks, p.batch),
+           kThreads, 0, stream, p);
   };
   const bool vectors = p.vocab % 4 == 0 && rows_aligned({{p.logits}}, 1, sizeof(float));
   vectors ? run(Vec<float, 4>()) : run(Vec<float, 1>());

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) decode_sinks_kernel(const DecodeSink
 void decode_sinks(const DecodeSinks& p, void* stream) {
   dispatch_dtype(kOp, p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch(kOp, decode_sinks_kernel<T>, step_grid(p.num_layers * p.batch * p.num_kv_heads),
+    launch(kOp, decode_sinks_kernel<T>, step_grid(p.batch, p.num_layers * p.batch * p.num_kv_heads),
            kThreads, 0, stream, p);
   });
 }

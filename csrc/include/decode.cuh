@@ -8,10 +8,11 @@
 namespace hf_fuse {
 
 // The grid of a step's kernel. All of them ask for the same carveout: a multiprocessor has to be
-// empty to change it, and could not run two of them side by side.
-inline Grid step_grid(int64_t x, int64_t y = 1, int cluster = 1) {
-  constexpr int kCarveout = 25;
-  return {x, y, cluster, kCarveout};
+// empty to change it, and could not run two of them side by side. A few sequences take attention
+// and tensor cores more shared memory; with more, or in other steps, L1 is worth more.
+inline Grid step_grid(int64_t batch, int64_t x, int64_t y = 1, int cluster = 1) {
+  const int carveout = batch >= 2 && batch <= 8 ? 40 : 25;
+  return {x, y, cluster, carveout};
 }
 
 // 16 bytes of weights, read once; v is unspecified where not `present`. Before the wait the load

@@ -249,8 +249,9 @@ void launch_attention(Kernel kernel, const DecodeAttention& p, int warps, int sl
   }
   const Split split = {cluster, static_cast<int>(rounds), static_cast<int>(group),
                        static_cast<int>(p.head_dim)};
-  launch(kDecodeAttention, kernel, step_grid(p.num_kv_heads * rounds * cluster, p.batch, cluster),
-         warps * kWarpSize, 0, stream, p, split);
+  launch(kDecodeAttention, kernel,
+         step_grid(p.batch, p.num_kv_heads * rounds * cluster, p.batch, cluster), warps * kWarpSize,
+         0, stream, p, split);
 }
 
 }  // namespace

@@ -411,8 +411,9 @@ void launch_kernel(const DecodeLinear& p, int64_t units, void* stream) {
   const int64_t blocks =
       std::max(std::min(units, plan.blocks), ceil_div(units, plan.max_rows >> pair));
   const Jobs<T, 1> jobs = {{p}, {RowTable<T>(p)}, {shape_of(p, plan.chunks, units, blocks)}};
-  launch(kOp, decode_linear_kernel<T, kNorm, kLayout, kLoads, kBatch, 1>, step_grid(blocks),
-         plan.threads, static_cast<int>(jobs.shape[0].max_rows * plan.row_bytes), stream, jobs);
+  launch(kOp, decode_linear_kernel<T, kNorm, kLayout, kLoads, kBatch, 1>,
+         step_grid(p.batch, blocks), plan.threads,
+         static_cast<int>(jobs.shape[0].max_rows * plan.row_bytes), stream, jobs);
 }
 
 // Two projections in one kernel, each by its share of the blocks.
@@ -429,7 +430,7 @@ bool launch_two(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
       {shape_of(a, plan.chunks, units[0], first), shape_of(b, plan.chunks, units[1], second)}};
   const int64_t rows = std::max(jobs.shape[0].max_rows, jobs.shape[1].max_rows);
   if (rows > plan.max_rows) return false;
-  launch(kOp, decode_linear_kernel<T, kNorm, Layout::kOne, kLoads, 1, 2>, step_grid(plan.blocks),
+  launch(kOp, decode_linear_kernel<T, kNorm, Layout::kOne, kLoads, 1, 2>, step_grid(1, plan.blocks),
          plan.threads, static_cast<int>(rows * plan.row_bytes), stream, jobs);
   return true;
 }

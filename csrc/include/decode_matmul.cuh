@@ -10,8 +10,10 @@
 //   multiprocessor, also from one 16 rows to the next; the first before the kernel waits for x.
 // - x comes in parts, which barriers in shared memory count, so that a warp need not wait for the
 //   slowest of its block at each of them.
-// - Few rows would leave multiprocessors idle: then the blocks of a cluster share the row's
-//   elements, and send their sums to the block that finishes them.
+// - Few rows would leave multiprocessors idle: then the warps of a block and the blocks of a
+//   cluster share the row's elements, and send their sums to the block that finishes them.
+// - Tiles are spread over all blocks that run at once: full blocks would be fewer, and leave a
+//   multiprocessor with one where another has two.
 // - Every sum has one order: the same input gives the same bits.
 //
 // A norm goes before it, in a kernel of its own: in every block it would be done again.
@@ -31,21 +33,26 @@ namespace {
 constexpr int kMinBatch = 3;       // for fewer, the kernels without tensor cores, if they read once
 constexpr int kMaxBatch = 32;      // at once
 constexpr int kStep = 32;          // elements of a row: 16 bytes for each of four lanes
-constexpr int kSumSteps = 4;       // that tensor cores add up
+constexpr int kSumSteps = 4;       // that tensor cores add up, and a warp has of a part of x
 constexpr int kTileRows = 16;      // of weights, that a warp takes at once
 constexpr int kTileSequences = 8;  // of a product
 constexpr int kBlockWarps = 8;
 constexpr int kBlockThreads = kBlockWarps * kWarpSize;
 constexpr int kMaxSplits = 8;  // blocks of a cluster
-constexpr int kMinSteps = 4;   // of each of them
+constexpr int kMinSteps = 4;   // of a warp
 constexpr int kLead = 2;       // parts of x on their way before the first is used
 
-// Steps of weights that a warp has under way: with many sequences fewer, so that several operands
-// of x find room beside them.
-__host__ __device__ constexpr int steps_ahead(int tiles) { return tiles > 2 ? 4 : 8; }
-// Steps of a part of x, and parts in shared memory, of which two kernels' blocks find room in it.
-__host__ __device__ constexpr int part_steps(int tiles) { return tiles == 1 ? 8 : 4; }
-__host__ __device__ constexpr int part_stages(int tiles) { return tiles > 2 ? 3 : 4; }
+// Parts of x whose weights a warp has under way: with many sequences fewer, so that several
+// operands of x find room beside them.
+__host__ __device__ constexpr int parts_ahead(int tiles) { return tiles > 2 ? 1 : 2; }
+// Warps that share a tile's elements, at most, and parts of x in shared memory: two blocks find
+// room in it.
+__host__ __device__ constexpr int most_shares(int tiles) {
+  return tiles == 1 ? 4 : tiles == 2 ? 2 : 1;
+}
+__host__ __device__ constexpr int part_stages(int tiles, int shares) {
+  return tiles * shares > 2 ? 3 : 4;
+}
 constexpr int kBlocksOfMultiprocessor = 2, kRegisters = 128;  // of a thread, so that there are
 
 // Sums of 16 rows and 8 sequences that a block of a cluster finishes.
@@ -63,38 +70,38 @@ struct Matmul {
 
 // sum += 16 rows of weights, of which w has two and the other lanes the rest, times a part of x of
 // up to `steps`. Tensor cores cut off what they add to a sum, so theirs are of a few steps only: as
-// many whatever the batch, so that a sequence does not depend on the others.
+// many whatever the batch, so that a sequence is as exact alone as among others.
 template <typename T, int kTiles>
-__device__ void multiply_part(float (&sum)[kTiles][4], const Vec16<T> (*w)[2], const uint4* x,
-                              int steps) {
+__device__ void multiply_part(float (&sum)[kTiles][4], const Vec16<T> (&w)[kSumSteps][2],
+                              const uint4* x, int steps) {
+  float part[kTiles][4] = {};
 #pragma unroll
-  for (int first = 0; first < part_steps(kTiles); first += kSumSteps) {
-    float part[kTiles][4] = {};
+  for (int s = 0; s < kSumSteps; ++s) {
+    if (s >= steps) break;
+    const auto &a = w[s][0].words, &b = w[s][1].words;
+    uint4 v[kTiles];
 #pragma unroll
-    for (int s = first; s < first + kSumSteps; ++s) {
-      if (s >= steps) break;
-      const auto &a = w[s][0].words, &b = w[s][1].words;
-      uint4 v[kTiles];
+    for (int i = 0; i < kTiles; ++i) v[i] = x[(s * kTiles + i) * kTileSequences * 4];
+    // No product waits for the one before.
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) v[i] = x[(s * kTiles + i) * kTileSequences * 4];
-      // No product waits for the one before.
+    for (int i = 0; i < kTiles; ++i)
+      multiply_add<T>(part[i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i)
-        multiply_add<T>(part[i], a[0], b[0], a[1], b[1], v[i].x, v[i].y);
+    for (int i = 0; i < kTiles; ++i)
+      multiply_add<T>(part[i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
+  }
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i)
-        multiply_add<T>(part[i], a[2], b[2], a[3], b[3], v[i].z, v[i].w);
-    }
+  for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[i][e] += part[i][e];
-    }
+    for (int e = 0; e < 4; ++e) sum[i][e] += part[i][e];
   }
 }
 
 __device__ inline void add_to(float4& y, const float4& v) {
   y.x += v.x, y.y += v.y, y.z += v.z, y.w += v.w;
+}
+__device__ inline void add_to(float (&y)[4], const float4& v) {
+  y[0] += v.x, y[1] += v.y, y[2] += v.z, y[3] += v.w;
 }
 
 // y = c if `take`. In C++ the compiler would make an array in memory of them all.
@@ -156,18 +163,20 @@ struct Outputs {
   }
 };
 
-// kTiles: of 8 sequences, as many as the batch needs. A block takes up to 8 tiles of 16 rows at a
-// time, a warp each, and goes through its part of their elements once.
-template <typename T, int kTiles>
+// kTiles: of 8 sequences, as many as the batch needs. A block takes up to 8 / kShares tiles of 16
+// rows at a time, kShares warps each, and goes through its part of their elements once; with
+// several shares it takes no more tiles than that.
+template <typename T, int kTiles, int kShares>
 __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_constant__ Matmul<T> m) {
   using V = Vec16<T>;
-  constexpr int kAhead = steps_ahead(kTiles), kStages = part_stages(kTiles);
-  constexpr int kPartSteps = part_steps(kTiles), kPartLanes = 4 * kPartSteps;
+  constexpr int kAhead = parts_ahead(kTiles), kStages = part_stages(kTiles, kShares);
+  constexpr int kPartSteps = kShares * kSumSteps, kPartLanes = 4 * kPartSteps;
+  constexpr int kTilesAtOnce = kBlockWarps / kShares;
   constexpr int kStepPieces = kTiles * kTileSequences * 4;  // of 16 bytes: [step][sequence][4]
   constexpr int kPartPieces = kPartSteps * kStepPieces, kXPieces = kStages * kPartPieces;
-  // From a cluster's other blocks: [block][sum][lane]. For many sequences where x was.
+  // From a cluster's other blocks: [block][sum][lane]. Where x was, if that takes much room.
   constexpr int kSums = (kMaxSplits - 1) * slots_of(kTiles, kMaxSplits) * kWarpSize;
-  constexpr bool kSumsInX = kTiles > 2;
+  constexpr bool kSumsInX = kTiles * kShares > 2 && kTiles > 1;
   static_assert(!kSumsInX || kSums <= kXPieces);
   __shared__ uint4 shared[kSumsInX ? kXPieces : kXPieces + kSums];
   __shared__ uint64_t full[kStages], empty[kStages], received;
@@ -175,11 +184,14 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
   pdl_trigger();
   const DecodeLinear& p = m.p;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int place = warp / kShares, share = warp % kShares;  // the tile's, and of its elements
   const int group = lane / 4, quarter = lane % 4;
   const int splits = 1 << m.log_splits, rank = blockIdx.x & (splits - 1);
   const int block = blockIdx.x >> m.log_splits;
   const int first_step = (m.steps * rank) >> m.log_splits;
   const int steps = ((m.steps * (rank + 1)) >> m.log_splits) - first_step;
+  const int parts = (steps + kPartSteps - 1) / kPartSteps;
+  const int own = steps - share * kSumSteps;  // from the warp's first of a part on
   const int begin = block * m.block_tiles + min(block, m.longer);
   const int end = begin + m.block_tiles + (block < m.longer);
 
@@ -188,21 +200,26 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int unit = min(Outputs<T>::unit_of(m, tile, i), m.units - 1);
-      row[i] = m.all.row(unit, m.all.pair ? i : 0) + first_step * kStep + quarter * V::kSize;
+      row[i] = m.all.row(unit, m.all.pair ? i : 0) + (first_step + share * kSumSteps) * kStep +
+               quarter * V::kSize;
     }
   };
-  V w[kAhead][2];
-  seek(begin + warp);
+  V w[kAhead][kSumSteps][2];
+  seek(begin + place);
 #pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
+  for (int a = 0; a < kAhead; ++a) {
+    const int there = begin + place < end ? own - a * kPartSteps : 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      load_weights<true>(w[s][i], row[i] + s * kStep, begin + warp < end && s < steps);
+    for (int s = 0; s < kSumSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        load_weights<true>(w[a][s][i], row[i] + (a * kPartSteps + s) * kStep, s < there);
+    }
   }
 
-  // Sum j of warp w, of 16 rows and 8 sequences, has the number w * kTiles + j. Of a cluster, block
-  // number % splits adds it up and finishes it.
-  const int first_sum = (rank - warp * kTiles) & (splits - 1);  // of this warp's
+  // Sum j of a tile, of its 16 rows and 8 sequences, has the number place * kTiles + j. Of a
+  // cluster, block number % splits adds it up and finishes it.
+  const int first_sum = (rank - place * kTiles) & (splits - 1);  // of this warp's
   const auto sums_of = [&](int block, int warps) {
     return (warps * kTiles - block + splits - 1) >> m.log_splits;
   };
@@ -221,14 +238,14 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
 
   // The pieces of a part of x that a thread copies: one of each of kRounds sequences.
   constexpr int kRoundSequences = kBlockThreads / kPartLanes;
+  static_assert(kBlockThreads % kPartLanes == 0);
   constexpr int kRounds = (kTiles * kTileSequences + kRoundSequences - 1) / kRoundSequences;
   const int piece = threadIdx.x % kPartLanes, sequence = threadIdx.x / kPartLanes;
   const int size = static_cast<int>(p.size), batch = static_cast<int>(p.batch);
   const T* const x =
       static_cast<const T*>(p.x) + sequence * size + first_step * kStep + piece * V::kSize;
   uint4* const x_to = shared + piece / 4 * kStepPieces + sequence * 4 + piece % 4;
-  const int parts = (steps + kPartSteps - 1) / kPartSteps;
-  int loads_left = (end - begin + kBlockWarps - 1) / kBlockWarps * parts, part_to_load = 0;
+  int loads_left = (end - begin + kTilesAtOnce - 1) / kTilesAtOnce * parts, part_to_load = 0;
   int load_stage = 0, load_parity = 1;
   const auto load_x = [&] {
     if (loads_left == 0) return;
@@ -250,38 +267,56 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
   for (int i = 0; i < kLead; ++i) load_x();
 
   int stage = 0, parity = 0;
-  for (int first = begin; first < end; first += kBlockWarps) {
-    const int tile = first + warp;
-    const bool active = tile < end;
+  for (int first = begin; first < end; first += kTilesAtOnce) {
+    const int tile = first + place;
+    bool active = tile < end;
     float sum[kTiles][4] = {};
-    for (int step = 0; step < steps; step += kAhead) {
+    for (int part = 0; part < parts; part += kAhead) {
       int ahead = 0;  // steps there are to load
-      if (step + kAhead < steps) {
-        row[0] += kAhead * kStep, row[1] += kAhead * kStep;
-        if (active) ahead = steps - step - kAhead;
+      if (part + kAhead < parts) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) row[i] += kAhead * kPartSteps * kStep;
+        if (active) ahead = own - (part + kAhead) * kPartSteps;
       } else {
-        seek(tile + kBlockWarps);
-        if (tile + kBlockWarps < end) ahead = steps;
+        seek(tile + kTilesAtOnce);
+        if (tile + kTilesAtOnce < end) ahead = own;
       }
 #pragma unroll
-      for (int s = 0; s < kAhead; s += kPartSteps) {
-        if (step + s < steps) {
+      for (int a = 0; a < kAhead; ++a) {
+        if (part + a < parts) {
           wait_for(&full[stage], parity);
-          const uint4* part = shared + stage * kPartPieces + group * 4 + quarter;
-          if (active) multiply_part<T>(sum, w + s, part, steps - step - s);
+          const uint4* x_part = shared + stage * kPartPieces + share * (kSumSteps * kStepPieces) +
+                                group * 4 + quarter;
+          if (active) multiply_part<T>(sum, w[a], x_part, own - (part + a) * kPartSteps);
           arrive(&empty[stage]);
           if (++stage == kStages) stage = 0, parity ^= 1;
           load_x();
         }
 #pragma unroll
-        for (int i = s; i < s + kPartSteps; ++i) {
+        for (int s = 0; s < kSumSteps; ++s) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            load_weights<false>(w[i][half], row[half] + i * kStep, i < ahead);
+          for (int i = 0; i < 2; ++i)
+            load_weights<false>(w[a][s][i], row[i] + (a * kPartSteps + s) * kStep,
+                                s < ahead - a * kPartSteps);
         }
       }
     }
 
+    if constexpr (kShares > 1) {  // their sums meet where x was
+      float4* const part = reinterpret_cast<float4*>(shared) + warp * (kTiles * kWarpSize) + lane;
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        if (share > 0) part[j * kWarpSize] = {sum[j][0], sum[j][1], sum[j][2], sum[j][3]};
+      __syncthreads();
+      active &= share == 0;
+#pragma unroll
+      for (int from = 1; from < kShares; ++from) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          if (active) add_to(sum[j], part[(from * kTiles + j) * kWarpSize]);
+      }
+    }
     Outputs<T> outputs(m, tile);
     if (active && first_sum < kTiles) outputs.load_old(first_sum);
     const int slots = slots_of(kTiles, splits);
@@ -291,7 +326,7 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
       cluster_wait();
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const int number = warp * kTiles + j, to = number & (splits - 1);
+        const int number = place * kTiles + j, to = number & (splits - 1);
         const int slot = (rank - (rank > to)) * slots + (number >> m.log_splits);
         if (active && to != rank)
           store_cluster(sums + slot * kWarpSize + lane, &received, to,
@@ -306,7 +341,7 @@ __global__ void __maxnreg__(kRegisters) decode_matmul_kernel(const __grid_consta
       float4 own = {}, y = {};
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) take_if(k == j, sum[k], own);
-      const float4* at = sums + ((warp * kTiles + j) >> m.log_splits) * kWarpSize + lane;
+      const float4* at = sums + ((place * kTiles + j) >> m.log_splits) * kWarpSize + lane;
 #pragma unroll 1
       for (int from = 0; from < splits; ++from) {
         float4 part = own;
@@ -395,8 +430,8 @@ void run_norm(DecodeLinear* p, void* stream) {
   const int64_t chunks = p->size / Vec16<T>::kSize;
   const auto launch_loads = [&](auto kernel, int loads) {
     const int64_t threads = round_up(ceil_div(chunks, loads), kWarpSize);
-    launch(kDecodeLinear, kernel, step_grid(p->batch), static_cast<unsigned>(threads), 0, stream,
-           *p);
+    launch(kDecodeLinear, kernel, step_grid(p->batch, p->batch), static_cast<unsigned>(threads), 0,
+           stream, *p);
   };
   if (chunks <= kMaxNormThreads) {
     launch_loads(decode_norm_kernel<T, 1>, 1);
@@ -409,35 +444,64 @@ void run_norm(DecodeLinear* p, void* stream) {
   p->norm_weight = p->norm_bias = nullptr;
 }
 
+// How the tiles of 16 rows are shared out: to `blocks`, in clusters of 1 << log_splits that share
+// the elements of a row, of which each block has a part for every one of `shares` warps.
+struct Shares {
+  int shares, log_splits;
+  int64_t clusters;
+
+  Shares(int kTiles, int shares, int64_t tiles, int64_t steps, const DeviceInfo& device)
+      : shares(shares), log_splits(0) {
+    // As many blocks as there is room for at once: more warps hide each other's products.
+    const int64_t room = kBlocksOfMultiprocessor * device.num_sms;
+    clusters = std::min(ceil_div(tiles * shares, kBlockWarps), room);
+    if (device.major < 9) return;  // which has no clusters
+    // The blocks of a larger cluster have to find room on neighbours, and the sums of more blocks
+    // meet later: with few sequences, where products take no time, only where the GPU would be
+    // left half empty without them.
+    const auto room_for = [&](int splits) {
+      return splits > 2 && kTiles <= 2 ? room * 3 / 4 : room;
+    };
+    for (int splits = 2; splits <= kMaxSplits && kMinSteps * shares * splits <= steps;
+         splits *= 2) {
+      if (clusters * splits > room_for(splits)) break;
+      ++log_splits;
+    }
+    if (log_splits < 2) clusters = std::min(tiles, room >> log_splits);
+  }
+
+  int64_t warps(int64_t tiles) const { return tiles * shares << log_splits; }
+  bool in_one_pass(int64_t tiles) const { return tiles * shares <= clusters * kBlockWarps; }
+};
+
 template <typename T, int kTiles>
 void launch_matmul(const DecodeLinear& p, int64_t units, void* stream) {
   const DeviceInfo& device = device_info(kDecodeLinear);
   const int64_t pair = p.epilogue == Epilogue::kGated;
   const int64_t tiles = ceil_div(units << pair, kTileRows), steps = p.size / kStep;
-  // As many blocks as there is room for at once: more warps hide each other's products.
-  const int64_t room = kBlocksOfMultiprocessor * device.num_sms;
-  int64_t blocks = std::min(ceil_div(tiles, kBlockWarps), room);
-  int log_splits = 0;
-  if (device.major >= 9) {  // which has clusters
-    // The sums of more blocks meet later: with few sequences, where products take no time, the
-    // largest clusters only where fewer than a block a multiprocessor would be left without them.
-    const auto room_for = [&](int splits) {
-      return splits == kMaxSplits && kTiles <= 2 ? room * 3 / 4 : room;
-    };
-    for (int splits = 2; splits <= kMaxSplits && kMinSteps * splits <= steps; splits *= 2) {
-      if (blocks * splits > room_for(splits)) break;
-      ++log_splits;
-    }
+  Shares best(kTiles, 1, tiles, steps, device);
+  for (int shares = 2; shares <= most_shares(kTiles); shares *= 2) {
+    const Shares other(kTiles, shares, tiles, steps, device);
+    if (other.in_one_pass(tiles) && other.warps(tiles) > best.warps(tiles)) best = other;
   }
   const Matmul<T> m = {p,
                        RowTable<T>(p),
                        static_cast<int>(units),
                        static_cast<int>(steps),
-                       log_splits,
-                       static_cast<int>(tiles / blocks),
-                       static_cast<int>(tiles % blocks)};
-  launch(kDecodeLinear, decode_matmul_kernel<T, kTiles>,
-         step_grid(blocks << log_splits, 1, 1 << log_splits), kBlockThreads, 0, stream, m);
+                       best.log_splits,
+                       static_cast<int>(tiles / best.clusters),
+                       static_cast<int>(tiles % best.clusters)};
+  const Grid grid = step_grid(p.batch, best.clusters << best.log_splits, 1, 1 << best.log_splits);
+  const auto run = [&](auto kernel) {
+    launch(kDecodeLinear, kernel, grid, kBlockThreads, 0, stream, m);
+  };
+  if constexpr (most_shares(kTiles) > 2) {
+    if (best.shares == 4) return run(decode_matmul_kernel<T, kTiles, 4>);
+  }
+  if constexpr (most_shares(kTiles) > 1) {
+    if (best.shares == 2) return run(decode_matmul_kernel<T, kTiles, 2>);
+  }
+  run(decode_matmul_kernel<T, kTiles, 1>);
 }
 
 }  // namespace

@@ -107,7 +107,7 @@ def decode_section() -> str:
             f"compiled path stands beside it), end of sequence checked, {first['dtype']}, "
             f"published shapes with random weights, measured on an "
             f"{first['device']} (torch {first['versions']['torch']}, transformers "
-            f"{first['versions']['transformers']}, {first['date'][:10]}). Milliseconds, medians: "
+            f"{first['versions']['transformers']}, {_days(gpu)}). Milliseconds, medians: "
             f"time per output token in transformers' eager mode, with its static cache and "
             f"`torch.compile`, patched, and patched sampling (temperature, top-k, top-p); the "
             f"floor, a step's bytes at the read bandwidth measured in the same run; then the time "
@@ -205,6 +205,11 @@ def results_section() -> str:
         for run in [_load(path.name)]
     ]
     return _markdown(["result", "measured on", "day", "by"], rows, numbers=False)
+
+
+def _days(runs: list[dict[str, Any]]) -> str:
+    days = sorted({run["date"][:10] for run in runs})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def _decodes(run: dict[str, Any]) -> bool:

@@ -198,3 +198,20 @@ def test_unknown_backend() -> None:
 def test_without_a_gpu_the_plan_says_what_to_install() -> None:
     with pytest.raises(jit.BuildError, match=r"no CUDA device.*Install a CUDA build of torch"):
         jit.plan("cuda")
+
+
+def test_the_first_call_of_a_process_may_be_compiled() -> None:
+    """Loading is not traced, and leaves no guard that it breaks itself."""
+    script = """
+import json, torch
+from hf_fuse.ops import add_norm
+
+x, weight = torch.randn(3, 64), torch.ones(64)
+
+def norm():
+    return add_norm(x, weight, eps=1e-5, kind="rms")[1]
+
+compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+print(json.dumps({"same": torch.equal(compiled(), norm())}))
+"""
+    assert outcome(start(script)) == {"same": True}

@@ -29,6 +29,7 @@ def on_load(register: Callable[[], None]) -> Callable[[], None]:
     return register
 
 
+@torch.compiler.assume_constant_result  # dynamo calls it, and does not trace a build
 def kernels(device_type: str) -> bool:
     """True when the fused kernels for tensors on `device_type` are loaded."""
     ready = _ready.get(device_type)

@@ -56,7 +56,7 @@ def add_norm(
     RuntimeError (naming the tensor, what was expected and what came) for shapes, dtypes and devices
     that do not fit.
     """
-    if jit.direct is not None and backend in ("auto", "cpu") and not is_compiling():
+    if not is_compiling() and jit.direct is not None and backend in ("auto", "cpu"):
         rows = jit.direct.add_norm(x, deltas, weight, bias, weight2, bias2, eps, kind)
         if rows is not None:
             return rows

@@ -97,7 +97,13 @@ def decode_section() -> str:
         for r in gpu
     ]
     cpu_rows = [
-        [r["model"].removeprefix("shape:"), r["dtype"], f"{r['result']['speedup']:.2f}"]
+        [
+            r["model"].removeprefix("shape:"),
+            r["dtype"],
+            r["device"].partition(",")[0],
+            f"{r['result']['speedup']:.2f}",
+            *(_gb_per_s(r, side) for side in ("unpatched", "patched")),
+        ]
         for r in cpu
     ]
     first = gpu[0]
@@ -132,8 +138,9 @@ def decode_section() -> str:
                     for row in _sweep("batches", "batch_size", sides[:3])
                 ],
             ),
-            "On two CPU cores, TPOT, ratios of one run each:",
-            _markdown(["shape", "dtype", "×"], cpu_rows),
+            "On two CPU cores, TPOT, ratios of one run each, and what they read: parameters, in "
+            "GB, over the time per token. Memory is the bound, and other work shares it:",
+            _markdown(["shape", "dtype", "on", "×", "GB/s eager", "patched"], cpu_rows),
             "Perplexity in bf16, the patched model token by token through those steps (tiny "
             "models, CPU; KL is the divergence from the fp32 model, in nats):",
             _markdown(
@@ -205,6 +212,11 @@ def results_section() -> str:
         for run in [_load(path.name)]
     ]
     return _markdown(["result", "measured on", "day", "by"], rows, numbers=False)
+
+
+def _gb_per_s(run: dict[str, Any], side: str) -> str:
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[run["dtype"]]
+    return f"{run['parameters'] * size / run['result'][side]['tpot_ms']['p50'] / 1e6:.1f}"
 
 
 def _days(runs: list[dict[str, Any]]) -> str:

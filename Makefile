@@ -1,11 +1,11 @@
-# make demo | test | setup | style | docs | bench. A virtual environment in .venv holds everything.
+# make demo | test | setup | style | docs | bench | sanitize. A virtual environment in .venv holds everything.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # A CPU build is enough without a GPU, and small; on a GPU machine give your own: make TORCH="torch>=2.11,<2.14"
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test style docs bench kernels-compile clean
+.PHONY: setup demo test style docs bench sanitize kernels-compile clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.done
@@ -36,6 +36,13 @@ docs: setup
 # On a GPU: every op against its ceiling, torch, torch.compile and (if installed) liger-kernel.
 bench: setup
 	$(BIN)/hf-fuse kernels --json results/kernels.json
+
+# On a GPU: every kernel of a decoding step at small shapes, each tensor in memory of its own.
+sanitize: setup
+	@for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-name kns=decode_ \
+	    $(BIN)/python tests/sanitize.py || exit 1; \
+	done
 
 # Without a GPU: every CUDA source for the oldest and the newest supported architecture, warnings as errors.
 kernels-compile:

@@ -82,12 +82,15 @@ def by_name(
     module: nn.Module, positional: Sequence[Any], arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """All arguments of a swapped layer's forward but its input, by the names that the installed
-    transformers has for them.
+    transformers has for them. It takes the cache by its old name, too.
     """
-    if not positional:
-        return arguments
-    names = _names_after_input(state_of(module).original)  # type: ignore[arg-type]
-    return arguments | dict(zip(names, positional, strict=False))
+    if positional:
+        names = _names_after_input(state_of(module).original)  # type: ignore[arg-type]
+        arguments = arguments | dict(zip(names, positional, strict=False))
+    if CACHE != "past_key_values" and "past_key_values" in arguments:
+        old = arguments.pop("past_key_values")
+        arguments.setdefault(CACHE, old)
+    return arguments
 
 
 @functools.cache

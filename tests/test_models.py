@@ -24,7 +24,9 @@ from answers import (
 from models import (
     DROPOUT,
     FAMILY,
+    GPT2,
     GPT_NEOX_SERIAL,
+    LLAMA,
     PLAIN,
     TRAINED,
     VARIANTS,
@@ -426,3 +428,19 @@ def test_a_patched_model_moves_between_devices(case: Case) -> None:
     hf_fuse.patch(model)
     assert_same(logits(model.cuda(), input_ids=ids.cuda()).cpu(), before)
     assert_same(logits(model.cpu(), input_ids=ids), before)
+
+
+@cases((LLAMA, GPT2))
+def test_a_layer_takes_the_cache_by_either_name(case: Case, device: str) -> None:
+    model = hf_fuse.patch(case.build(device=device))
+    hidden = torch.randn(2, 5, model.config.hidden_size, device=device)
+    options = {}
+    if case is LLAMA:
+        positions = torch.arange(5, device=device)[None]
+        options["position_embeddings"] = model.model.rotary_emb(hidden, positions)
+    outputs = []
+    for name in (CACHE, "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        outputs.append(layers_of(model)[0](hidden, **{name: cache}, **options))
+        assert cache.get_seq_length() == 5
+    assert torch.equal(*outputs)

@@ -24,7 +24,7 @@ def supported_section() -> str:
 
 
 def demo_section() -> str:
-    """What the demo printed, from demo-cpu.json."""
+    """What the demo printed, from demo-cpu.json, and how much faster it was elsewhere."""
     result = _load("demo-cpu.json")
     head = [
         "model", "parameters", "perplexity", "patched", "greedy tokens", "TPOT ms", "patched", "×",
@@ -42,7 +42,12 @@ def demo_section() -> str:
         ]
         for row in result["rows"]
     ]
-    return _markdown(head, rows)
+    others = [_load(path.name) for path in sorted(RESULTS.glob("demo-cpu-*.json"))]
+    where = [f"This is an {result['device']}."]
+    for run in others:
+        ratios = ", ".join(f"{row['decode']['speedup']:.2f}" for row in run["rows"])
+        where.append(f"On an {run['device']}: {ratios} ×.")
+    return "\n\n".join([_markdown(head, rows), " ".join(where)])
 
 
 def kernels_section() -> str:

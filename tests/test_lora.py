@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_fuse
+from hf_fuse.modules import CACHE
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,12 +250,14 @@ def test_tuned_prompts_and_prefixes_are_generated_from(case: Case, kind: str, de
             parameter.data.add_(torch.randn_like(parameter))
     inputs = {"input_ids": tokens_for(model, 2, 9), **GREEDY}
     expected = model.generate(**inputs).tolist()
-    if expected == model.get_base_model().generate(**inputs).tolist():
-        pytest.skip("this PEFT hands its prefixes on by a name that this transformers drops")
+    # PEFT 0.21 hands its prefixes on by a name that transformers 5.24 drops.
+    lost_by_peft = expected == model.get_base_model().generate(**inputs).tolist()
+    assert not lost_by_peft or (kind == "prefix" and CACHE == "cache")
     base = hf_fuse.patch(model).get_base_model()
     untuned = base.generate(**inputs).tolist()
     assert steps_taken(base) == GREEDY["max_new_tokens"]
-    assert model.generate(**inputs).tolist() == expected != untuned
+    assert model.generate(**inputs).tolist() == expected
+    assert (expected == untuned) == lost_by_peft
     assert left_to_transformers(base) == ["a prepare_inputs_for_generation of its own"]
     assert base.generate(**inputs).tolist() == untuned
     assert len(left_to_transformers(base)) == 1

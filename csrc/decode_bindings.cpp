@@ -135,6 +135,20 @@ void decode_linear_two(Tensor out1, Tensor out2, Tensor x, Tensor norm_weight1,
   hf_fuse::decode_linear_two(a, b, stream_of(x));
 }
 
+void decode_linear_sum(Tensor out, Tensor x1, Tensor x2, Tensor weight1, OptionalTensor bias1,
+                       Tensor weight2, OptionalTensor bias2) {
+  const OptionalTensor none;
+  const auto checked = [&](const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+    return checked_linear(out, x, none, none, 0., true, weight, none, none, bias, none, none,
+                          static_cast<int64_t>(Epilogue::kAdd), 0);
+  };
+  const DecodeLinear a = checked(x1, weight1, bias1), b = checked(x2, weight2, bias2);
+  check_like("decode_linear", "weight2", weight2, "weight1", weight1);
+  if (out.numel() == 0) return;
+  DeviceGuard guard(out);
+  hf_fuse::decode_linear_sum(a, b, stream_of(out));
+}
+
 void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cache, Tensor length,
                       Tensor start, OptionalTensor inv_freq, double rope_scale, bool interleaved,
                       double scaling, int64_t window, double softcap) {
@@ -463,6 +477,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
       "decode_linear_two(Tensor(a!) out1, Tensor(b!) out2, Tensor x, Tensor norm_weight1, Tensor? "
       "norm_bias1, Tensor norm_weight2, Tensor? norm_bias2, float eps, bool rms, Tensor weight1, "
       "Tensor? bias1, Tensor weight2, Tensor? bias2, int act) -> ()");
+  // out += weight1 @ x1 + bias1 + weight2 @ x2 + bias2
+  m.def(
+      "decode_linear_sum(Tensor(a!) out, Tensor x1, Tensor x2, Tensor weight1, Tensor? bias1, "
+      "Tensor weight2, Tensor? bias2) -> ()");
   // q, k, v into out, k and v into the caches at length
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, "
@@ -509,6 +527,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
 STABLE_TORCH_LIBRARY_IMPL(hf_fuse, HF_FUSE_KEY, m) {
   m.impl("decode_linear", TORCH_BOX(&hf_fuse::bindings::decode_linear));
   m.impl("decode_linear_two", TORCH_BOX(&hf_fuse::bindings::decode_linear_two));
+  m.impl("decode_linear_sum", TORCH_BOX(&hf_fuse::bindings::decode_linear_sum));
   m.impl("decode_attention", TORCH_BOX(&hf_fuse::bindings::decode_attention));
   m.impl("decode_sinks", TORCH_BOX(&hf_fuse::bindings::decode_sinks));
   m.impl("decode_add_norm", TORCH_BOX(&hf_fuse::bindings::decode_add_norm));

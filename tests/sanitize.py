@@ -63,6 +63,16 @@ def linear(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
             (*first.biases, *second.biases), (first.norm, second.norm), act="gelu",
         ),
     )  # fmt: skip
+    for size in (320, 4096):
+        xs = [torch.randn(1, k * size).to(device, HALF) for k in (1, 4)]
+        weights = [torch.randn(900, k * size).to(device, HALF) for k in (1, 4)]
+        out = torch.zeros(1, 900, device=device)
+        yield (
+            f"decode_linear_sum {size}",
+            lambda out=out, xs=xs, weights=weights: ops.decode_linear_sum(
+                out, (xs[0], xs[1]), weights, (None, None)
+            ),
+        )
 
 
 def attention(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,9 +1,10 @@
-"""decode_linear and decode_linear_two: norm, matrix product and epilogue against float64 truth, for
-one sequence and for many.
+"""decode_linear, decode_linear_two and decode_linear_sum: norm, matrix product and epilogue against
+float64 truth, for one sequence and for many.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from hf_fuse.ops import decode_linear, decode_linear_two
+from hf_fuse.ops import decode_linear, decode_linear_sum, decode_linear_two
 from hf_fuse.ops.activations import ACTIVATIONS
 from hf_fuse.ops.decode_linear import normed
 from hf_fuse.ops.decode_linear import reference as linear_reference
@@ -297,12 +298,18 @@ def test_a_sequence_does_not_depend_on_the_others(device: str) -> None:
 )
 def test_which_kernel_runs(batch: int, size: int, dtype: torch.dtype, kernel: str) -> None:
     call = make_linear(size, [5], dtype, "cuda", batch=batch, norm="rms")
-    call(backend="cuda")
+    assert kernel in kernels_of(lambda: call(backend="cuda"))
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """The decode_linear kernels, by their names' beginning, that a call launches."""
+    call()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        call(backend="cuda")
+        call()
         torch.cuda.synchronize()
-    assert any(kernel in event.key for event in profile.key_averages())
+    found = (re.search(r"decode_\w+_kernel", event.key) for event in profile.key_averages())
+    return [match[0] for match in found if match]
 
 
 def replace_weight(call: Linear, weight: Tensor) -> Linear:
@@ -457,6 +464,68 @@ def test_two_projections_whose_norms_differ_in_kind(device: str) -> None:
         )  # fmt: skip
 
 
+def add_both(first: Linear, second: Linear, backend: str) -> Tensor:
+    out = first.out()
+    decode_linear_sum(
+        out, (first.x, second.x), (first.weights[0], second.weights[0]),
+        (first.biases[0], second.biases[0]), backend=backend,
+    )  # fmt: skip
+    return out
+
+
+def make_sum(
+    sizes: tuple[int, int], rows: int, dtype: torch.dtype, device: str, batch: int = 1
+) -> tuple[Linear, Linear]:
+    first, second = (
+        make_linear(size, [rows], dtype, device, batch=batch, biases=[bias], epilogue="add")
+        for size, bias in zip(sizes, (True, rows % 2 == 0), strict=True)
+    )
+    return first, second
+
+
+@each_dtype
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    # the first kernel for one sequence with few rows of a block, with several, the second, none
+    [((9, 2), 5), ((24, 8), 77), ((320, 1280), 3000), ((2560, 10240), 301), ((4096, 16384), 530),
+     ((32, 96), 36001), ((2048, 64), 33)],
+    ids=name_of,
+)  # fmt: skip
+def test_sum_of_two_projections(
+    sizes: tuple[int, int], rows: int, batch: int, dtype: torch.dtype, device: str
+) -> None:
+    first, second = make_sum(sizes, rows, dtype, device, batch)
+
+    def separate(a: Linear, b: Linear) -> Tensor:
+        return replace(b, start=a(linear_reference))(linear_reference)
+
+    fused = add_both(first, second, device)
+    truth = separate(first.map(Tensor.double), second.map(Tensor.double))
+    assert_within(fused, separate(first, second), truth, atol=2 * torch.finfo(fused.dtype).eps)
+    assert torch.equal(fused, add_both(first, second, device))
+    assert torch.equal(add_both(first, second, "reference"), separate(first, second))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=name_of)
+@pytest.mark.parametrize("sizes", [(2048, 8192), (2560, 10240), (4096, 16384)], ids=name_of)
+def test_sum_of_two_projections_is_one_kernel(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    first, second = make_sum(sizes, 40, dtype, "cuda")
+    assert kernels_of(lambda: add_both(first, second, "cuda")) == ["decode_linear_sum_kernel"]
+
+
+def test_sum_of_weights_that_differ_names_the_tensor(device: str) -> None:
+    first, second = make_sum((8, 16), 6, torch.bfloat16, device)
+    for wrong, message in (
+        (second.map(Tensor.half), "weight2 must have the dtype of weight1"),
+        (make_linear(16, [5], torch.bfloat16, device, biases=[True]), r"out must be .*\[1, 5\]"),
+        (replace(second, x=first.x), r"weight1 must be \[rows, 8\]"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"hf_fuse decode_linear: {message}"):
+            add_both(first, wrong, device)
+
+
 def test_float64_is_refused(device: str) -> None:
     call = make_linear(8, [3], torch.float64, device)
     with pytest.raises(RuntimeError, match=r"hf_fuse decode_linear: .*got float64"):
@@ -488,4 +557,10 @@ def test_opcheck(dtype: torch.dtype, device: str) -> None:
         ops.decode_linear_two.default,
         (linear.x.new_empty(1, 5), weights[0].new_empty(1, 5), linear.x, norm[0], None, norm[0],
          None, norm[2], True, weights[0], None, weights[1], None, 3),
+    )  # fmt: skip
+    first, second = make_sum((32, 8), 5, dtype, device)
+    check(
+        ops.decode_linear_sum.default,
+        (first.out(), first.x, second.x, first.weights[0], first.biases[0], second.weights[0],
+         None),
     )  # fmt: skip

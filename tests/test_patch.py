@@ -182,9 +182,10 @@ def test_every_decoding_step_is_fused(case: Case, device: str) -> None:
     # the prompt's last norm goes with the head
     assert calls["hf_fuse::add_norm"] == prompts * (1 if parallel else 2) * layers
     assert calls[f"hf_fuse::{MIDDLE[case.model_type]}"] == prompts * layers
-    two = layers if parallel else 0  # QKV and the MLP's first projection in one kernel
-    assert calls["hf_fuse::decode_linear_two"] == steps * two
-    assert calls["hf_fuse::decode_linear"] == steps * (4 * layers - 2 * two + 1) + prompts
+    # QKV and the MLP's first projection in one kernel, both output projections in another
+    assert calls["hf_fuse::decode_linear_two"] == (steps * layers if parallel else 0)
+    assert calls["hf_fuse::decode_linear_sum"] == (steps * layers if parallel else 0)
+    assert calls["hf_fuse::decode_linear"] == steps * (1 if parallel else 4 * layers + 1) + prompts
     assert calls["hf_fuse::decode_attention"] == steps * layers
     assert calls["hf_fuse::decode_select"] == steps + 1
 

@@ -62,10 +62,11 @@ def kernels(source: str) -> Iterator[tuple[str, list[str]]]:
     ("source", "kernel", "expected"),
     [
         ("decode_linear_bfloat16.cu", "decode_linear_kernel", 5),
+        ("decode_linear_bfloat16.cu", "decode_linear_sum_kernel", 8),
         ("decode_matmul_bfloat16.cu", "decode_matmul_kernel", 8),
         ("decode_attention.cu", "decode_attention_kernel", 2),
     ],
-    ids=["decode_linear", "decode_matmul", "decode_attention"],
+    ids=["decode_linear", "decode_linear_sum", "decode_matmul", "decode_attention"],
 )
 def test_first_loads_come_before_the_wait(source: str, kernel: str, expected: int) -> None:
     seen = 0

@@ -207,4 +207,8 @@ void decode_linear_two(const DecodeLinear& a, const DecodeLinear& b, void* strea
   decode_linear(a, stream), decode_linear(b, stream);
 }
 
+void decode_linear_sum(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
+  decode_linear(a, stream), decode_linear(b, stream);
+}
+
 }  // namespace hf_fuse

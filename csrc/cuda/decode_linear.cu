@@ -40,4 +40,12 @@ void decode_linear_two(const DecodeLinear& a, const DecodeLinear& b, void* strea
   if (!done) decode_linear(a, stream), decode_linear(b, stream);
 }
 
+void decode_linear_sum(const DecodeLinear& a, const DecodeLinear& b, void* stream) {
+  bool done = false;
+  dispatch_dtype(kDecodeLinear, a.dtype, [&](auto tag) {
+    done = DecodeLinearOf<typename decltype(tag)::type>::run_sum(a, b, stream);
+  });
+  if (!done) decode_linear(a, stream), decode_linear(b, stream);
+}
+
 }  // namespace hf_fuse

@@ -1,3 +1,3 @@
-#include "../include/decode_linear.cuh"
+#include "../include/decode_linear_sum.cuh"
 
 template struct hf_fuse::DecodeLinearOf<__nv_bfloat16>;

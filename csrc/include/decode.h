@@ -44,6 +44,8 @@ void decode_linear(const DecodeLinear& p, void* stream);
 // Both, of the same x, dtype, eps and kind of norm, one weight each; neither reads what the other
 // writes.
 void decode_linear_two(const DecodeLinear& a, const DecodeLinear& b, void* stream);
+// Both added to one out: kAdd, of the same dtype and batch, one weight each, no norm.
+void decode_linear_sum(const DecodeLinear& a, const DecodeLinear& b, void* stream);
 
 // One query for each sequence b over its cache, the new key and value included, which are rotated
 // (the key), rounded to the dtype and written to slot `length`. Slots start[b] to `length` are

@@ -164,6 +164,23 @@ __device__ float pilot_of(const void* rows, int64_t row, int64_t size) {
   return warp_sum(sum) / static_cast<float>(min(int64_t{4 * kWarpSize}, size));
 }
 
+// A sum of its own for each chunk: one long chain would delay the loads.
+template <int kSize>
+__device__ float dot(const Floats<kSize>& w, const Floats<kSize>& x) {
+  float sum = w[0] * x[0];
+#pragma unroll
+  for (int e = 1; e < kSize; ++e) sum = fmaf(w[e], x[e], sum);
+  // The next row goes into this one's registers: without this it is loaded into others.
+  asm volatile("" : "+f"(sum)::"memory");
+  return sum;
+}
+
+// At the end, of the warps' sums of a row those that lane `part` of kParts adds up.
+__device__ float sum_of_part(const float* sums, int part, int num_warps) {
+  const float low = part < num_warps ? sums[part] : 0.f;
+  return part + kParts < num_warps ? low + sums[part + kParts] : low;
+}
+
 // What a kernel does: one projection, or two that do not depend on each other, a share of the
 // blocks each.
 template <typename T, int kJobs>
@@ -327,16 +344,9 @@ __global__ void __maxnreg__(registers_of(kNorm != NormKind::kNone, kLoads, kBatc
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const auto w = rows[r][i].floats();
-        float part[kBatch];  // of its own for each chunk: one long chain would delay the loads
+        float part[kBatch];
 #pragma unroll
-        for (int s = 0; s < kBatch; ++s) {
-          const auto v = x[s].floats(i);
-          part[s] = w[0] * v[0];
-#pragma unroll
-          for (int e = 1; e < V::kSize; ++e) part[s] = fmaf(w[e], v[e], part[s]);
-          // The next row goes into this one's registers: without this it is loaded into others.
-          asm volatile("" : "+f"(part[s])::"memory");
-        }
+        for (int s = 0; s < kBatch; ++s) part[s] = dot(w, x[s].floats(i));
         load_weights<false>(rows[r][i], block.chunk(next, i), next < block.rows);
 #pragma unroll
         for (int s = 0; s < kBatch; ++s) sum[r * kBatch + s] += part[s];
@@ -351,10 +361,7 @@ __global__ void __maxnreg__(registers_of(kNorm != NormKind::kNone, kLoads, kBatc
   __syncthreads();
 
   const int part = lane % kParts, stride = parts_of(num_warps);
-  const auto part_of = [&](const float* parts) {
-    const float low = part < num_warps ? parts[part] : 0.f;
-    return part + kParts < num_warps ? low + parts[part + kParts] : low;
-  };
+  const auto part_of = [&](const float* sums) { return sum_of_part(sums, part, num_warps); };
   for (int first = warp * kGroups; first < outputs; first += num_warps * kGroups) {
     const int output = output_of(first), s = output % kBatch;
     const float* parts = sums + (((output / kBatch) << block.pair) * kBatch + s) * stride;

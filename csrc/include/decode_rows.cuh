@@ -121,6 +121,7 @@ template <typename T>
 struct DecodeLinearOf {
   static void run(const DecodeLinear& p, int64_t units, void* stream);
   static bool run_two(const DecodeLinear& a, const DecodeLinear& b, void* stream);
+  static bool run_sum(const DecodeLinear& a, const DecodeLinear& b, void* stream);
 };
 
 // The longest rows that decode_linear.cuh multiplies by two sequences at once, in 16 bytes.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_fuse import ops
 from hf_fuse.decode.prefill import prefill
-from hf_fuse.decode.projection import project, project_two
+from hf_fuse.decode.projection import project, project_sum, project_two
 from hf_fuse.decode.rolling import Rolling, Stream
 from hf_fuse.decode.sampling import Sampler, Selection
 from hf_fuse.decode.spec import DecoderSpec, LayerSpec, Norm
@@ -337,16 +337,22 @@ class DecodeEngine:
             )
             yield Kernel("norm, QKV", qkv, layer.qkv.weights)
         yield from self._attention(layer, keys, values)
-        if layer.parallel and not layer.one_kernel:  # before attention is added to what it reads
-            yield mlp_in
         attended, out = self._attended.view(self.batch, -1), layer.attention_out
+        if layer.parallel:
+            if not layer.one_kernel:
+                yield mlp_in
+            both = partial(
+                project_sum, residual, (attended, middle), (out, layer.mlp_out), **options
+            )
+            weights = (*out.weights, *layer.mlp_out.weights)
+            yield Kernel("attention and MLP out, add", both, weights)
+            return
         yield Kernel(
             "attention out, add",
             partial(project, residual, attended, out, epilogue="add", **options),
             out.weights,
         )
-        if not layer.parallel:
-            yield mlp_in
+        yield mlp_in
         yield Kernel(
             "MLP out, add",
             partial(project, residual, middle, layer.mlp_out, epilogue="add", **options),

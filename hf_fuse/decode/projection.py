@@ -58,6 +58,24 @@ def project_two(
     )  # fmt: skip
 
 
+def project_sum(
+    out: Tensor,
+    xs: tuple[Tensor, Tensor],
+    projections: tuple[Projection, Projection],
+    *,
+    backend: str = "auto",
+) -> None:
+    """`ops.decode_linear_sum`, likewise."""
+    if any(by_matmul(x, p, backend) for x, p in zip(xs, projections, strict=True)):
+        for x, projection in zip(xs, projections, strict=True):
+            project(out, x, projection, epilogue="add", backend=backend)
+        return
+    ops.decode_linear_sum(
+        out, xs, [w for p in projections for w in p.weights],
+        [b for p in projections for b in p.biases], backend=backend,
+    )  # fmt: skip
+
+
 def by_matmul(x: Tensor, projection: Projection, backend: str) -> bool:
     """Whether `x`, [batch, size], has sequences enough."""
     suits = projection.weights[0].dtype != torch.float32 and x.shape[1] in TENSOR_CORE_SIZES

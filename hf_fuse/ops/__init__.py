@@ -9,7 +9,7 @@ from hf_fuse.ops.decode_attention import decode_attention
 from hf_fuse.ops.decode_embed import decode_embed
 from hf_fuse.ops.decode_head_norm import decode_head_norm
 from hf_fuse.ops.decode_layers import decode_layers
-from hf_fuse.ops.decode_linear import decode_linear, decode_linear_two
+from hf_fuse.ops.decode_linear import decode_linear, decode_linear_sum, decode_linear_two
 from hf_fuse.ops.decode_sample import decode_sample
 from hf_fuse.ops.decode_select import decode_select
 from hf_fuse.ops.decode_sinks import decode_sinks
@@ -29,6 +29,7 @@ __all__ = [
     "decode_head_norm",
     "decode_layers",
     "decode_linear",
+    "decode_linear_sum",
     "decode_linear_two",
     "decode_sample",
     "decode_select",

@@ -100,6 +100,26 @@ def decode_linear_two(
     )  # fmt: skip
 
 
+def decode_linear_sum(
+    out: Tensor,
+    xs: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    backend: str = "auto",
+) -> None:
+    """Two projections of rows of their own, both added to `out`, as one kernel where that can be:
+    out += xs[0] @ weights[0].T + biases[0] + xs[1] @ weights[1].T + biases[1].
+    """
+    if not use_kernel(weights[0], backend):
+        for x, weight, bias in zip(xs, weights, biases, strict=True):
+            reference(out, x, [weight], [bias], epilogue="add")
+        return
+    torch.ops.hf_fuse.decode_linear_sum.default(
+        out, *xs, weights[0], biases[0], weights[1], biases[1]
+    )
+
+
 def reference(
     out: Tensor,
     x: Tensor,
@@ -139,3 +159,4 @@ def normed(x: Tensor, norm: tuple[Tensor, Tensor | None, float, str] | None) -> 
 def _register() -> None:
     torch.library.register_fake("hf_fuse::decode_linear", lambda *arguments: None)
     torch.library.register_fake("hf_fuse::decode_linear_two", lambda *arguments: None)
+    torch.library.register_fake("hf_fuse::decode_linear_sum", lambda *arguments: None)

@@ -7,7 +7,9 @@ import torch
 from helpers import assert_within
 
 from hf_fuse.decode.projection import (
+    LARGE,
     MAX_SEQUENCES,
+    MAX_SEQUENCES_OF_LARGE,
     MAX_SEQUENCES_OF_OTHERS,
     by_matmul,
     matmul,
@@ -64,19 +66,22 @@ def test_matmul_is_decode_linear(epilogue: str, kind: str, dtype: torch.dtype, d
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "most"),
+    ("size", "rows", "dtype", "most"),
     [
-        (64, torch.bfloat16, MAX_SEQUENCES),
-        (64, torch.float16, MAX_SEQUENCES),
-        (64, torch.float32, MAX_SEQUENCES_OF_OTHERS),
-        (40, torch.bfloat16, MAX_SEQUENCES_OF_OTHERS),  # not whole steps of the tensor cores
+        (64, 3, torch.bfloat16, MAX_SEQUENCES),
+        (64, 3, torch.float16, MAX_SEQUENCES),
+        (64, 3, torch.float32, MAX_SEQUENCES_OF_OTHERS),
+        (40, 3, torch.bfloat16, MAX_SEQUENCES_OF_OTHERS),  # not whole steps of the tensor cores
+        (4096, LARGE // 4096, torch.bfloat16, MAX_SEQUENCES_OF_LARGE),
+        (4096, LARGE // 4096 + 1, torch.bfloat16, MAX_SEQUENCES),
+        (4096, LARGE // 4096 - 1, torch.bfloat16, MAX_SEQUENCES),
     ],
 )
 def test_few_sequences_stay_with_the_kernels(
-    size: int, dtype: torch.dtype, most: int, device: str
+    size: int, rows: int, dtype: torch.dtype, most: int, device: str
 ) -> None:
     few, many = (torch.empty(n, size, device=device) for n in (most, most + 1))
-    projection = Projection((torch.empty(3, size, dtype=dtype, device=device),), (None,))
+    projection = Projection((torch.empty(rows, size, dtype=dtype, device=device),), (None,))
     assert not by_matmul(few, projection, "auto")
     assert by_matmul(many, projection, "auto") == (device == "cuda")
     assert not by_matmul(many, projection, "reference")

@@ -85,3 +85,11 @@ def test_few_sequences_stay_with_the_kernels(
     assert not by_matmul(few, projection, "auto")
     assert by_matmul(many, projection, "auto") == (device == "cuda")
     assert not by_matmul(many, projection, "reference")
+
+
+@pytest.mark.cuda
+def test_a_large_projection_with_a_bias_stays_with_the_kernels() -> None:
+    x = torch.empty(MAX_SEQUENCES, 4096, device="cuda")
+    weight = torch.empty(LARGE // 4096, 4096, dtype=torch.bfloat16, device="cuda")
+    assert by_matmul(x, Projection((weight,), (None,)), "auto")
+    assert not by_matmul(x, Projection((weight,), (weight[:, 0],)), "auto")

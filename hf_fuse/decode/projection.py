@@ -12,8 +12,8 @@ from hf_fuse.ops.activations import ACTIVATIONS
 # On a GPU decode_linear reads 16-bit weights once for this many sequences, on tensor cores, where a
 # row suits them; all others once for every 4. Above, cuBLAS.
 MAX_SEQUENCES, MAX_SEQUENCES_OF_OTHERS = 32, 8
-# A large matrix with no more rows than a row has elements is cuBLAS's for more than so many: blocks
-# of decode_linear would have to share the rows, and read at half the memory's speed.
+# A large matrix without a bias, with no more rows than a row has elements, is cuBLAS's for more than
+# so many: blocks of decode_linear have to share such rows, and read at half the memory's speed.
 MAX_SEQUENCES_OF_LARGE, LARGE = 16, 1 << 24
 TENSOR_CORE_SIZES = range(32, 16384 + 1, 32)
 
@@ -85,7 +85,12 @@ def by_matmul(x: Tensor, projection: Projection, backend: str) -> bool:
     most = MAX_SEQUENCES
     if weight.dtype == torch.float32 or x.shape[1] not in TENSOR_CORE_SIZES:
         most = MAX_SEQUENCES_OF_OTHERS
-    elif not others and weight.numel() >= LARGE and len(weight) <= weight.shape[1]:
+    elif (
+        not others
+        and projection.biases[0] is None
+        and weight.numel() >= LARGE
+        and len(weight) <= weight.shape[1]
+    ):
         most = MAX_SEQUENCES_OF_LARGE
     return x.is_cuda and backend != "reference" and len(x) > most
 

@@ -149,20 +149,9 @@ void decode_linear_sum(Tensor out, Tensor x1, Tensor x2, Tensor weight1, Optiona
   hf_fuse::decode_linear_sum(a, b, stream_of(out));
 }
 
-// A norm's weight, [size] and like `like`; null without one.
-const void* norm_weight_of(const char* op, const char* name, const OptionalTensor& weight,
-                           int64_t size, const Tensor& like, const char* like_name = "out") {
-  if (!weight) return nullptr;
-  check_like(op, name, *weight, like_name, like);
-  if (weight->dim() != 1 || weight->size(0) != size || !weight->is_contiguous())
-    fail(op, ": ", name, " must be [", size, "], got ", shape_of(*weight));
-  return weight->data_ptr();
-}
-
 void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cache, Tensor length,
                       Tensor start, OptionalTensor inv_freq, double rope_scale, bool interleaved,
-                      double scaling, int64_t window, double softcap, OptionalTensor q_norm,
-                      OptionalTensor k_norm, double norm_eps, double norm_offset) {
+                      double scaling, int64_t window, double softcap) {
   const char* op = "decode_attention";
   DecodeAttention p{};
   p.dtype = dtype_of(op, "key_cache", key_cache);
@@ -206,10 +195,6 @@ void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cac
   if (window < 0 || softcap < 0)
     fail(op, ": window and softcap must not be negative, got ", window, " and ", softcap);
   p.window = window, p.softcap = static_cast<float>(softcap);
-  p.q_norm = norm_weight_of(op, "q_norm", q_norm, p.head_dim, key_cache, "key_cache");
-  p.k_norm = norm_weight_of(op, "k_norm", k_norm, p.head_dim, key_cache, "key_cache");
-  if (!p.q_norm != !p.k_norm) fail(op, ": q_norm and k_norm must both be there, or neither");
-  p.norm_eps = static_cast<float>(norm_eps), p.norm_offset = static_cast<float>(norm_offset);
   p.key_cache = key_cache.data_ptr(), p.value_cache = value_cache.data_ptr();
   p.key_batch_stride = key_cache.stride(0), p.key_head_stride = key_cache.stride(1);
   p.value_batch_stride = value_cache.stride(0), p.value_head_stride = value_cache.stride(1);
@@ -258,6 +243,16 @@ void decode_sinks(Tensor keys, Tensor values, Tensor sink_keys, Tensor sink_valu
   if (sink_keys.numel() == 0) return;
   DeviceGuard guard(keys);
   hf_fuse::decode_sinks(p, stream_of(keys));
+}
+
+// A norm's weight, [size] and like `like`; null without one.
+const void* norm_weight_of(const char* op, const char* name, const OptionalTensor& weight,
+                           int64_t size, const Tensor& like, const char* like_name = "out") {
+  if (!weight) return nullptr;
+  check_like(op, name, *weight, like_name, like);
+  if (weight->dim() != 1 || weight->size(0) != size || !weight->is_contiguous())
+    fail(op, ": ", name, " must be [", size, "], got ", shape_of(*weight));
+  return weight->data_ptr();
 }
 
 void decode_add_norm(Tensor out, Tensor residual, OptionalTensor delta, OptionalTensor delta_weight,
@@ -490,8 +485,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hf_fuse, m) {
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, "
       "Tensor length, Tensor start, Tensor? inv_freq, float rope_scale, bool interleaved, float "
-      "scaling, int window=0, float softcap=0, Tensor? q_norm=None, Tensor? k_norm=None, float "
-      "norm_eps=0, float norm_offset=0) -> ()");
+      "scaling, int window=0, float softcap=0) -> ()");
   // the first tokens' keys and values before the window of the token at length, in all layers
   m.def(
       "decode_sinks(Tensor(a!) keys, Tensor(b!) values, Tensor sink_keys, Tensor sink_values, "

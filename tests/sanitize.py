@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from test_decode_attention import make_attention, with_norms
+from test_decode_attention import make_attention
 from test_decode_embed import make_embed
 from test_decode_layers import SMALL, engine_of
 from test_decode_linear import make_linear
@@ -89,9 +89,6 @@ def attention(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
             HALF, device, head_dim=head_dim, group=group, length=length, start=start
         )
         yield f"decode_attention {head_dim}, {group}, {length}", replace(call, **changes)
-    for group, length in ((2, 129), (4, 1500)):
-        call = with_norms(make_attention(HALF, device, head_dim=128, group=group, length=length))
-        yield f"decode_attention, norms, {group}, {length}", call
 
 
 def small(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:

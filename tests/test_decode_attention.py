@@ -41,7 +41,6 @@ class Attention:
     inv_freq: Tensor | None = None
     rope_scale: float = 1.0
     interleaved: bool = False
-    norms: tuple[Tensor, Tensor, float, float] | None = None
     window: int = 0
     softcap: float = 0.0
 
@@ -55,7 +54,7 @@ class Attention:
         function(
             out, self.qkv, keys, values, self.length, self.start, scaling=self.scaling,
             inv_freq=self.inv_freq, rope_scale=self.rope_scale, interleaved=self.interleaved,
-            norms=self.norms, window=self.window, softcap=self.softcap, **options,
+            window=self.window, softcap=self.softcap, **options,
         )  # fmt: skip
         return out, keys, values
 
@@ -220,36 +219,6 @@ def test_attention_of_capped_scores(
         replace(call, qkv=4 * call.qkv, softcap=2.0, window=window).check()
 
 
-def with_norms(call: Attention, offset: float = 0.0, eps: float = 1e-5) -> Attention:
-    weights = [
-        (torch.randn(call.key_cache.shape[-1]) * 0.3 + 1 - offset).to(call.key_cache)
-        for _ in range(2)
-    ]
-    return replace(call, norms=(*weights, eps, offset))
-
-
-@each_dtype
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("group", [1, 2, 3, 8])
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
-def test_attention_of_normed_heads(
-    head_dim: int, group: int, offset: float, dtype: torch.dtype, device: str
-) -> None:
-    for length, rotary_dim in ((5, None), (300, 0), (1300, None)):
-        call = make_attention(
-            dtype, device, head_dim=head_dim, group=group, length=length, start=(0, 3),
-            rotary_dim=rotary_dim,
-        )  # fmt: skip
-        with_norms(replace(call, qkv=3 * call.qkv), offset).check()
-
-
-@few_dtypes
-def test_attention_of_heads_that_only_eps_keeps_small(dtype: torch.dtype, device: str) -> None:
-    call = make_attention(dtype, device, group=4, length=20)
-    for qkv in (call.qkv * 1e-3, torch.zeros_like(call.qkv)):
-        with_norms(replace(call, qkv=qkv), eps=1e-2).check()
-
-
 @each_dtype
 def test_attention_fills_the_last_slot(dtype: torch.dtype, device: str) -> None:
     make_attention(dtype, device, length=299, capacity=300).check()
@@ -356,18 +325,6 @@ ATTENTION_ERRORS: dict[str, tuple[Callable[[Attention], Attention], str]] = {
         lambda c: replace(c, window=-1),
         r"window and softcap must not be negative, got -1 and 0",
     ),
-    "short_q_norm": (
-        lambda c: replace(c, norms=(c.key_cache.new_ones(15), c.key_cache.new_ones(16), 0.0, 0.0)),
-        r"q_norm must be \[16\], got \[15\]",
-    ),
-    "wide_k_norm": (
-        lambda c: replace(c, norms=(c.key_cache.new_ones(16), c.inv_freq.repeat(2), 0.0, 0.0)),
-        r"k_norm must have the dtype of key_cache, bfloat16, got float32",
-    ),
-    "no_k_norm": (
-        lambda c: replace(c, norms=(c.key_cache.new_ones(16), None, 0.0, 0.0)),
-        r"q_norm and k_norm must both be there, or neither",
-    ),
     "interleaved_groups": (
         lambda c: replace(c, interleaved=True),
         r"interleaved q, k and v need as many key heads as query heads",
@@ -407,6 +364,5 @@ def test_opcheck(dtype: torch.dtype, device: str) -> None:
     out = caches[0].new_zeros(1, call.heads, 64)
     torch.library.opcheck(
         registered(device).decode_attention.default,
-        (out, call.qkv, *caches, call.length, call.start, call.inv_freq, 1.0, False, call.scaling,
-         0, 0.0, *with_norms(call).norms),
-    )  # fmt: skip
+        (out, call.qkv, *caches, call.length, call.start, call.inv_freq, 1.0, False, call.scaling),
+    )

@@ -63,12 +63,10 @@ def test_a_step_of_the_engine_is_fused(case: Case, device: str) -> None:
     prompts, steps = (1, new - 1) if device == "cpu" else (2, 2)
     norms = norms_declared(model)
     chained = norms.after_attention is not None or norms.kind == "rms_offset"
-    attention = layers_of(model)[0].self_attn
-    q_norm = getattr(attention, "q_norm", None)  # head by head it is part of decode_attention
-    over_heads = q_norm is not None and q_norm.weight.numel() != attention.head_dim
+    heads = hasattr(layers_of(model)[0].self_attn, "q_norm")
     assert calls["hf_fuse::decode_linear"] == steps * (4 * layers + 1) + prompts
     assert calls["hf_fuse::decode_attention"] == steps * layers
-    assert calls["hf_fuse::decode_head_norm"] == steps * layers * over_heads
+    assert calls["hf_fuse::decode_head_norm"] == steps * layers * heads
     assert calls["hf_fuse::decode_add_norm"] == (steps * (2 * layers + 1) + prompts) * chained
     assert calls["aten::rsqrt"] == 0
 

@@ -1,10 +1,8 @@
-// decode_attention on CPU: q and the new key are normed and rotated in fp32; then the keys and the
-// values are read once, from memory, for all query heads of their group. The slots of a sequence
-// are split by a fixed size, counted from its start, whatever the number of threads; the splits'
-// softmaxes are combined in their order. So the bits depend neither on the threads nor on the
-// padding.
+// decode_attention on CPU: q and the new key are rotated in fp32; then the keys and the values are
+// read once, from memory, for all query heads of their group. The slots of a sequence are split by
+// a fixed size, counted from its start, whatever the number of threads; the splits' softmaxes are
+// combined in their order. So the bits depend neither on the threads nor on the padding.
 #include "cpu_activations.h"
-#include "cpu_rms.h"
 #include "decode.h"
 
 namespace hf_fuse {
@@ -38,17 +36,9 @@ T* value_row(const DecodeAttention& p, int64_t sequence, int64_t kv_head, int64_
                sequence * p.value_batch_stride + kv_head * p.value_head_stride + slot * p.head_dim);
 }
 
-// A query or a key, normed if `norm` is there, and rotated.
-template <typename T>
-void enter_head(const DecodeAttention& p, const float* head, const void* norm, const float* cos,
-                const float* sin, float* dst) {
+void rotate(const DecodeAttention& p, const float* head, const float* cos, const float* sin,
+            float* dst) {
   const int64_t half = p.rotary_dim / 2;
-  if (norm) {
-    float* normed = scratch<float>(3, p.head_dim);
-    std::copy(head, head + p.head_dim, normed);
-    normalise_rms(normed, p.head_dim, static_cast<const T*>(norm), p.norm_eps, p.norm_offset);
-    head = normed;
-  }
   for (int64_t i = 0; i < half; ++i) {
     dst[i] = head[i] * cos[i] - head[half + i] * sin[i];
     dst[half + i] = head[half + i] * cos[i] + head[i] * sin[i];
@@ -70,12 +60,12 @@ void enter(const DecodeAttention& p, int64_t sequence, const Scratch& s) {
   const float* qkv = p.qkv + sequence * p.qkv_stride;
   for (int64_t h = 0; h < p.num_heads; ++h) {
     float* query = s.query(sequence * p.num_heads + h);
-    enter_head<T>(p, qkv + h * p.q_head_stride, p.q_norm, cos, sin, query);
+    rotate(p, qkv + h * p.q_head_stride, cos, sin, query);
     for (int64_t i = 0; i < s.width; ++i) query[i] = i < p.head_dim ? query[i] * p.scaling : 0;
   }
   for (int64_t h = 0; h < p.num_kv_heads; ++h) {
     const float* head = qkv + h * p.kv_head_stride;
-    enter_head<T>(p, head + p.k_offset, p.k_norm, cos, sin, key);
+    rotate(p, head + p.k_offset, cos, sin, key);
     store_row(key, key_row<T>(p, sequence, h, length), p.head_dim);
     store_row(head + p.v_offset, value_row<T>(p, sequence, h, length), p.head_dim);
   }

@@ -39,9 +39,8 @@ void decode_attention(const DecodeAttention& p, void* stream) {
     using T = typename decltype(tag)::type;
     if (p.batch == 0 || p.num_heads == 0) return;
     check(p, sizeof(T));
-    if (!p.softcap && decode_attention_long<T>(p, stream)) return;
-    if (p.softcap || p.q_norm) return decode_attention_full<T>(p, stream);
-    launch_lanes<T, false>(p, stream);
+    if (p.softcap > 0) return decode_attention_capped<T>(p, stream);
+    if (!decode_attention_long<T>(p, stream)) launch_lanes<T, false>(p, stream);
   });
 }
 

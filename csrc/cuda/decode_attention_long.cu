@@ -260,7 +260,7 @@ __global__ void __maxnreg__(kRegisters)
     tile.load_keys(keys, first, num_slots, head_dim);
     tile.load_values(values, first, num_slots, head_dim);
   }
-  take_input<true>(shared, p, task, length - start);
+  take_input(shared, p, task, length - start);
 
   const float scale = p.scaling * kLog2e;
   Attention<L> a;

@@ -1,5 +1,5 @@
-// The norms of the rows of q and of k, in place (decode.h): of all heads at once (OLMo 2), or of
-// each. Bytes: q and k, read and written in L2: nothing but latency. A block a row.
+// The norms of the rows of q and of k, in place (decode.h): of each head (Qwen 3), or of all heads
+// at once (OLMo 2). Bytes: q and k, read and written in L2: nothing but latency. A block a row.
 #include "../include/decode_rms.cuh"
 
 namespace hf_fuse {

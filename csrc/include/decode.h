@@ -51,9 +51,8 @@ void decode_linear_sum(const DecodeLinear& a, const DecodeLinear& b, void* strea
 // (the key), rounded to the dtype and written to slot `length`. Slots start[b] to `length` are
 // attended to, of them the last `window`; the position, for rotation, is length - start[b].
 // Rotation: half-split over the first rotary_dim elements of a head by the angles
-// position * inv_freq[i], cos and sin times rope_scale. Before it, q and the new key may be normed,
-// head by head: x * rsqrt(mean(x^2) + norm_eps) * (norm_offset + weight). softcap: scores become
-// softcap * tanh(score / softcap). Softmax and sums in fp32, in a fixed order.
+// position * inv_freq[i], cos and sin times rope_scale. softcap: scores become softcap *
+// tanh(score / softcap). Softmax and sums in fp32, in a fixed order.
 struct DecodeAttention {
   DType dtype;
   int64_t batch, num_heads, num_kv_heads, head_dim, capacity, rotary_dim;
@@ -61,8 +60,6 @@ struct DecodeAttention {
   int64_t qkv_stride;
   int64_t k_offset, v_offset;  // of the first head, in elements, q's is at 0
   int64_t q_head_stride, kv_head_stride;
-  const void *q_norm, *k_norm;  // [head_dim], the dtype; null without norms
-  float norm_eps, norm_offset;
   int64_t window;                 // 0: all slots
   const float* inv_freq;          // [rotary_dim / 2]; null without rotation
   float rope_scale, scaling;      // scaling multiplies q k

@@ -24,13 +24,13 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // kLanes_ lanes read a cache row with 16-byte loads, so a warp reads kSlotGroups rows at once, and
 // kSlots times for a tile.
-template <typename T, int kLanes_, int kGroup_, bool kFull_ = false>
+template <typename T, int kLanes_, int kGroup_, bool kCapped_ = false>
 struct Layout {
   using Element = T;
   using Vector = Vec16<T>;
   static constexpr int kLanes = kLanes_, kSlotGroups = kWarpSize / kLanes;
   static constexpr int kGroup = kGroup_;                // query heads
-  static constexpr bool kFull = kFull_;                 // with norms of q and k, and soft caps
+  static constexpr bool kCapped = kCapped_;             // scores, softly
   static constexpr int kBuffers = kGroup == 1 ? 4 : 2;  // tiles a warp has in flight
   static constexpr int kVecs = kElements / Vector::kSize;
   using Row = Vector[kVecs];  // a lane's part of it
@@ -130,42 +130,6 @@ __device__ void read_input(Shared<L>& shared, const DecodeAttention& p, const Ta
   __syncthreads();
 }
 
-// The weights of the norms of queries and of keys, before the wait. They lie where nothing else
-// does before the warps' outputs.
-template <typename L>
-__device__ void load_norms(Shared<L>& shared, const DecodeAttention& p) {
-  using One = Vec<typename L::Element, 1>;
-  static_assert(kMaxWarps * L::kOutputs >= 2 * L::kDim);
-  const int head_dim = static_cast<int>(p.head_dim);
-  float* const weights = &shared.out[0][0];
-#pragma unroll 1
-  for (int i = threadIdx.x; i < 2 * head_dim; i += blockDim.x) {
-    const bool of_key = i >= head_dim;
-    const void* from = of_key ? p.k_norm : p.q_norm;
-    const int column = of_key ? i - head_dim : i;
-    const auto* at = static_cast<const typename L::Element*>(from) + column;
-    weights[of_key * L::kDim + column] = p.norm_offset + load_before_wait<One>(at).floats()[0];
-  }
-}
-
-// The queries and the new key, in place, a warp a row.
-template <typename L>
-__device__ void normalise_input(Shared<L>& shared, const DecodeAttention& p) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll 1
-  for (int row = threadIdx.x / kWarpSize; row <= L::kGroup; row += blockDim.x / kWarpSize) {
-    float* const x = shared.input[row];
-    const float* const weight = &shared.out[0][(row == L::kGroup) * L::kDim];
-    float square = 0.f;
-#pragma unroll 1
-    for (int i = lane; i < L::kDim; i += kWarpSize) square = fmaf(x[i], x[i], square);
-    const float scale = rsqrtf(warp_sum(square) / static_cast<float>(p.head_dim) + p.norm_eps);
-#pragma unroll 1
-    for (int i = lane; i < p.head_dim; i += kWarpSize) x[i] *= scale * weight[i];
-  }
-  __syncthreads();
-}
-
 // The queries and the new key, in place.
 template <typename L>
 __device__ void rotate_input(Shared<L>& shared, int half) {
@@ -181,8 +145,8 @@ __device__ void rotate_input(Shared<L>& shared, int half) {
   __syncthreads();
 }
 
-// The input, normed and rotated, in shared memory; waits for it. The angles are worked out before.
-template <bool kNorms, typename L>
+// The input, rotated, in shared memory; waits for it. The angles are worked out before.
+template <typename L>
 __device__ void take_input(Shared<L>& shared, const DecodeAttention& p, const Task& task,
                            int64_t position) {
   const int half = static_cast<int>(p.rotary_dim / 2);
@@ -191,10 +155,8 @@ __device__ void take_input(Shared<L>& shared, const DecodeAttention& p, const Ta
     sincosf(static_cast<float>(position) * load_before_wait(p.inv_freq + i), &sin, &cos);
     shared.rotation[i] = {cos * p.rope_scale, sin * p.rope_scale};
   }
-  if (kNorms && p.q_norm) load_norms(shared, p);
   pdl_wait();
   read_input(shared, p, task);
-  if (kNorms && p.q_norm) normalise_input(shared, p);
   if (half > 0) rotate_input(shared, half);
 }
 
@@ -298,8 +260,8 @@ void launch_attention(Kernel kernel, const DecodeAttention& p, int warps, int sl
 template <typename T>
 bool decode_attention_long(const DecodeAttention& p, void* stream);
 
-// decode_attention_full.cu: with norms or a softcap, over caches that the one above does not take.
+// decode_attention_capped.cu: with a softcap.
 template <typename T>
-void decode_attention_full(const DecodeAttention& p, void* stream);
+void decode_attention_capped(const DecodeAttention& p, void* stream);
 
 }  // namespace hf_fuse

@@ -37,7 +37,7 @@ __device__ void attend_task(Shared<L>& shared, const DecodeAttention& p, const T
     load_tile<L>(key[b], keys, tile + b * step, num_slots, head_dim);
     load_tile<L>(value[b], values, tile + b * step, num_slots, head_dim);
   }
-  take_input<L::kFull>(shared, p, task, position);
+  take_input(shared, p, task, position);
   Attention<L> a;
   begin(a, shared, p.scaling * kLog2e, p.softcap * kLog2e);
   if (tile == 0) {
@@ -65,7 +65,7 @@ __device__ void attend_task(Shared<L>& shared, const DecodeAttention& p, const T
 template <typename L>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
     decode_attention_kernel(const __grid_constant__ DecodeAttention p, const Split split) {
-  using One = Layout<typename L::Element, L::kLanes, 1, L::kFull>;
+  using One = Layout<typename L::Element, L::kLanes, 1, L::kCapped>;
   __shared__ union {
     Shared<L> all;
     Shared<One> one;
@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, L::kGroup > 4 ? 1 : 2)
   attend_task<One>(shared.one, p, task, split.head_dim, length, first, length - start);
 }
 
-template <typename T, int kLanes, int kGroup, bool kFull>
+template <typename T, int kLanes, int kGroup, bool kCapped>
 void launch_layout(const DecodeAttention& p, void* stream) {
-  using L = Layout<T, kLanes, kGroup, kFull>;
+  using L = Layout<T, kLanes, kGroup, kCapped>;
   const int many = kGroup == 1 ? kOddWarps : kMaxWarps;
   const int warps = most_slots(p) > kLongCache ? many : kFewWarps;
   launch_attention<L>(decode_attention_kernel<L>, p, warps, warps * L::kTile, stream);
@@ -117,23 +117,23 @@ inline bool heads_apart(const DecodeAttention& p) {
 }
 
 // As many query heads together as registers hold.
-template <typename T, int kLanes, bool kFull>
+template <typename T, int kLanes, bool kCapped>
 void launch_group(const DecodeAttention& p, void* stream) {
   const int64_t group = p.num_heads / p.num_kv_heads;
-  if (group == 1 || heads_apart(p)) return launch_layout<T, kLanes, 1, kFull>(p, stream);
-  if (group == 2) return launch_layout<T, kLanes, 2, kFull>(p, stream);
+  if (group == 1 || heads_apart(p)) return launch_layout<T, kLanes, 1, kCapped>(p, stream);
+  if (group == 2) return launch_layout<T, kLanes, 2, kCapped>(p, stream);
   if constexpr (kLanes < kWarpSize) {
-    if (group > 4) return launch_layout<T, kLanes, 8, kFull>(p, stream);
+    if (group > 4) return launch_layout<T, kLanes, 8, kCapped>(p, stream);
   }
-  launch_layout<T, kLanes, 4, kFull>(p, stream);
+  launch_layout<T, kLanes, 4, kCapped>(p, stream);
 }
 
-template <typename T, bool kFull>
+template <typename T, bool kCapped>
 void launch_lanes(const DecodeAttention& p, void* stream) {
   if (p.batch == 0 || p.num_heads == 0) return;
-  if (p.head_dim <= 64) return launch_group<T, 8, kFull>(p, stream);
-  if (p.head_dim <= 128) return launch_group<T, 16, kFull>(p, stream);
-  launch_group<T, 32, kFull>(p, stream);
+  if (p.head_dim <= 64) return launch_group<T, 8, kCapped>(p, stream);
+  if (p.head_dim <= 128) return launch_group<T, 16, kCapped>(p, stream);
+  launch_group<T, 32, kCapped>(p, stream);
 }
 
 }  // namespace

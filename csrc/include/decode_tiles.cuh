@@ -63,7 +63,7 @@ __device__ void multiply(float (&scores)[kSlots][L::kGroup], const Attention<L>&
       for (int offset = L::kLanes / 2; offset > 0; offset /= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       }
-      if (L::kFull && a.cap > 0.f) sum = a.cap * tanhf(sum / a.cap);
+      if constexpr (L::kCapped) sum = a.cap * tanhf(sum / a.cap);
       scores[u][g] = slot + u * L::kSlotGroups < num_slots ? sum : -INFINITY;
     }
   }

@@ -408,24 +408,19 @@ class DecodeEngine:
 
     def _attention(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> Iterator[Kernel]:
         """From q, k and v to what the heads have attended to."""
-        spec, rotation, norms = self._step_spec, layer.rotation, None
+        spec, rotation = self._step_spec, layer.rotation
         if layer.q_norm is not None and layer.k_norm is not None:
-            q_norm, weights = layer.q_norm, (layer.q_norm.weight, layer.k_norm.weight)
-            if all(len(weight) == spec.head_dim for weight in weights):
-                norms = (*weights, q_norm.eps, q_norm.offset)
-            else:  # of all heads at once
-                normalise = partial(
-                    ops.decode_head_norm, self._qkv, *weights,
-                    q_width=spec.num_heads * spec.head_dim,
-                    k_width=spec.num_kv_heads * spec.head_dim, eps=q_norm.eps,
-                    offset=q_norm.offset, backend=self.backend,
-                )  # fmt: skip
-                yield Kernel("norms of q and k", normalise)
+            normalise = partial(
+                ops.decode_head_norm, self._qkv, layer.q_norm.weight, layer.k_norm.weight,
+                q_width=spec.num_heads * spec.head_dim, k_width=spec.num_kv_heads * spec.head_dim,
+                eps=layer.q_norm.eps, offset=layer.q_norm.offset, backend=self.backend,
+            )  # fmt: skip
+            yield Kernel("norms of q and k", normalise)
         attention = partial(
             ops.decode_attention, self._attended, self._qkv, keys, values, self.length, self.start,
             scaling=layer.scaling, inv_freq=rotation.inv_freq if rotation else None,
             rope_scale=rotation.scale if rotation else 1.0, interleaved=spec.interleaved,
-            norms=norms, window=self._window(layer), softcap=layer.softcap, backend=self.backend,
+            window=self._window(layer), softcap=layer.softcap, backend=self.backend,
         )  # fmt: skip
         yield Kernel("rotary, cache, attention", attention)
 

@@ -1,20 +1,17 @@
 """decode_attention: a new token's attention over the cache, its rotation and its cache write.
 
-    q, k = norm(q), norm(k), head by head, if norms are given
     q, k = rotate(q), rotate(k), by (length - start) * inv_freq, cos and sin times rope_scale
     keys[length], values[length] = k, v, rounded to the dtype
     out = softmax(cap(scaling * q · keys[first .. length])) · values[first .. length]
     first = start, or with a window max(start, length + 1 - window)
     cap(s) = s, or with a softcap softcap * tanh(s / softcap)
-    norm(x) = x * rsqrt(mean(x²) + eps) * (offset + weight)
 
 Shapes: qkv [batch, (heads + 2 kv_heads) * head_dim], q heads, then k heads, then v heads, or,
 interleaved, q, k and v of each head in turn (GPT-NeoX); caches [batch, kv_heads, capacity,
 head_dim]; out [batch, heads, head_dim]; length [1] and start [batch], int64, on the device;
 inv_freq [rotary_dim / 2] or None for no rotation, over the first rotary_dim elements of a head, in
-halves; norms: the weights of q's and k's, each [head_dim], eps and offset. length must be below the
-capacity. Dtypes: qkv and inv_freq float32; caches, out and the norms' weights float32, float16 or
-bfloat16, alike. Softmax and sums are fp32.
+halves. length must be below the capacity. Dtypes: qkv and inv_freq float32; caches and out float32,
+float16 or bfloat16, alike. Softmax and sums are fp32.
 
 `start` is the number of padding tokens on the left of a sequence; the new token's position is
 length - start. window and softcap: 0 for none. For inference: writes into `out`
@@ -28,9 +25,6 @@ import torch
 from torch import Tensor
 
 from hf_fuse.ops._library import on_load, use_kernel
-from hf_fuse.ops.decode_add_norm import rms_norm
-
-Norms = tuple[Tensor, Tensor, float, float]  # the weights of q's and k's, eps, offset
 
 
 def decode_attention(
@@ -45,7 +39,6 @@ def decode_attention(
     inv_freq: Tensor | None = None,
     rope_scale: float = 1.0,
     interleaved: bool = False,
-    norms: Norms | None = None,
     window: int = 0,
     softcap: float = 0.0,
     backend: str = "auto",
@@ -56,13 +49,12 @@ def decode_attention(
     if not use_kernel(key_cache, backend):
         reference(
             out, qkv, key_cache, value_cache, length, start, scaling=scaling, inv_freq=inv_freq,
-            rope_scale=rope_scale, interleaved=interleaved, norms=norms, window=window,
-            softcap=softcap,
+            rope_scale=rope_scale, interleaved=interleaved, window=window, softcap=softcap,
         )  # fmt: skip
         return
     torch.ops.hf_fuse.decode_attention.default(
         out, qkv, key_cache, value_cache, length, start, inv_freq, rope_scale, interleaved, scaling,
-        window, softcap, *(norms or (None, None, 0.0, 0.0)),
+        window, softcap,
     )  # fmt: skip
 
 
@@ -78,7 +70,6 @@ def reference(
     inv_freq: Tensor | None = None,
     rope_scale: float = 1.0,
     interleaved: bool = False,
-    norms: Norms | None = None,
     window: int = 0,
     softcap: float = 0.0,
 ) -> None:
@@ -89,9 +80,6 @@ def reference(
         q, k, v = qkv.view(batch, heads, 3, head_dim).unbind(2)
     else:
         q, k, v = qkv.view(batch, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
-    if norms is not None:
-        *weights, eps, offset = norms
-        q, k = (rms_norm(t, weight, eps, offset) for t, weight in zip((q, k), weights, strict=True))
     if inv_freq is not None:
         angle = (length - start)[:, None].to(inv_freq.dtype) * inv_freq  # [batch, rotary_dim / 2]
         cos, sin = angle.cos()[:, None] * rope_scale, angle.sin()[:, None] * rope_scale

@@ -3,9 +3,9 @@
     q, k = norm of each row of q, of k;  norm(x) = x * rsqrt(mean(x²) + eps) * (offset + weight)
 
 Shapes: qkv [batch, width], of which the first q_width elements are q and the next k_width are k;
-q_weight and k_weight [a row's size], which divides q_width or k_width: all of q and all of k for a
-norm over the heads (OLMo 2), head_dim for one of every head (`decode_attention` has that built in).
-Dtypes: qkv float32, weights float32, float16 or bfloat16, alike. For inference: writes into `qkv`.
+q_weight and k_weight [a row's size], which divides q_width or k_width: head_dim for a norm of every
+head (Qwen 3, Gemma 3), all of q and all of k for one over the heads (OLMo 2). Dtypes: qkv float32,
+weights float32, float16 or bfloat16, alike. For inference: writes into `qkv`.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ docs: setup
 bench: setup
 	$(BIN)/hf-fuse kernels --json results/kernels.json
 
-# On a GPU: every kernel of a decoding step at small shapes, each tensor in memory of its own.
+# On a GPU that nothing else uses: every kernel of a decoding step at small shapes, each tensor in memory of its own.
 sanitize: setup
 	@for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-name kns=decode_ \

@@ -42,10 +42,15 @@ __global__ void __maxnreg__(registers_of(false, kSecond, 1))
         of_first ? first.chunk(k / kFirst, k % kFirst) : second.chunk(k / kSecond, k % kSecond);
     load_weights<true>(w[k], chunk, of_first || k / kSecond < rows);
   }
-  const auto output_of = [&](int first) { return min(first + lane / kParts, rows - 1); };
-  int unit = second.unit(output_of(warp * kGroups));
-  Extras<T, Layout::kOne> extras(jobs.all[1], unit);
-  extras.up_bias = jobs.all[0].template load_bias<Layout::kOne>(unit, 0);
+  // As in decode_linear_kernel, a group of kParts lanes adds up and writes an output.
+  const auto row_of = [&](int group) { return min(group + lane / kParts, rows - 1); };
+  int unit = second.unit(row_of(warp * kGroups));
+  const auto extras_of = [&](int unit) {
+    Extras<T, Layout::kOne> extras(jobs.all[1], unit);
+    extras.up_bias = jobs.all[0].template load_bias<Layout::kOne>(unit, 0);  // the first weight's
+    return extras;
+  };
+  auto extras = extras_of(unit);
   pdl_wait();
   Slice<T, NormKind::kNone, kFirst> x1;
   Slice<T, NormKind::kNone, kSecond> x2;
@@ -59,7 +64,7 @@ __global__ void __maxnreg__(registers_of(false, kSecond, 1))
     for (int k = 0; k < kInFlight; ++k) {
       const int row = j + k / kFirst, next = row + kRows;
       sum[k / kFirst] += dot(w[k].floats(), x1.floats(k % kFirst));
-      const bool more = next < rows;
+      const bool more = next < rows;  // else the chunk's place is the second weight's, once
       const T* chunk =
           more ? first.chunk(next, k % kFirst) : second.chunk(k / kSecond, k % kSecond);
       load_or_keep(w[k], chunk, more || (row < rows && k / kSecond < rows));
@@ -86,17 +91,16 @@ __global__ void __maxnreg__(registers_of(false, kSecond, 1))
   __syncthreads();
 
   const int part = lane % kParts;
-  for (int first_row = warp * kGroups; first_row < rows; first_row += num_warps * kGroups) {
-    float y = sum_of_part(sums + output_of(first_row) * stride, part, num_warps);
+  for (int group = warp * kGroups; group < rows; group += num_warps * kGroups) {
+    float y = sum_of_part(sums + row_of(group) * stride, part, num_warps);
 #pragma unroll
     for (int offset = kParts / 2; offset > 0; offset /= 2)
       y += __shfl_xor_sync(0xffffffffu, y, offset);
-    if (part == 0 && first_row + lane / kParts < rows)
+    if (part == 0 && group + lane / kParts < rows)
       write_output(p, unit, y + extras.up_bias.floats()[0], 0.f, extras);
-    if (first_row + num_warps * kGroups >= rows) break;
-    unit = second.unit(output_of(first_row + num_warps * kGroups));
-    extras = Extras<T, Layout::kOne>(jobs.all[1], unit);
-    extras.up_bias = jobs.all[0].template load_bias<Layout::kOne>(unit, 0);
+    if (group + num_warps * kGroups >= rows) break;
+    unit = second.unit(row_of(group + num_warps * kGroups));
+    extras = extras_of(unit);
     extras.load_old(p, unit);
   }
 }

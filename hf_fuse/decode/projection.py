@@ -12,8 +12,8 @@ from hf_fuse.ops.activations import ACTIVATIONS
 # On a GPU decode_linear reads 16-bit weights once for this many sequences, on tensor cores, where a
 # row suits them; all others once for every 4. Above, cuBLAS.
 MAX_SEQUENCES, MAX_SEQUENCES_OF_OTHERS = 32, 8
-# Large matrices without a bias and with no more rows than elements of a row are cuBLAS's for more:
-# blocks of decode_linear have to share such rows, and read at half the memory's speed.
+# Large matrices without a bias, with no more rows than a row has elements, are cuBLAS's from fewer
+# sequences on: blocks of decode_linear share such rows, and read at half the memory's speed.
 MAX_SEQUENCES_OF_LARGE, LARGE = 16, 1 << 24
 TENSOR_CORE_SIZES = range(32, 16384 + 1, 32)
 

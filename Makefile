@@ -20,8 +20,9 @@ $(VENV)/.done: pyproject.toml
 demo: setup
 	$(BIN)/hf-fuse demo
 
+# A worker for each core, of one thread: threads that wait for a busy core lose much.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 style: setup
 	$(BIN)/ruff check .

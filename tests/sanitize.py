@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from test_decode_attention import make_attention
 from test_decode_embed import make_embed
 from test_decode_layers import SMALL, engine_of
-from test_decode_linear import make_linear
+from test_decode_linear import add_both, make_linear, make_sum
 from test_decode_norms import make_add_norm, vector
 from test_decode_sample import FILTERS
 from test_decode_sample import make as make_sample
@@ -63,16 +64,10 @@ def linear(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
             (*first.biases, *second.biases), (first.norm, second.norm), act="gelu",
         ),
     )  # fmt: skip
-    for size in (320, 4096):
-        xs = [torch.randn(1, k * size).to(device, HALF) for k in (1, 4)]
-        weights = [torch.randn(900, k * size).to(device, HALF) for k in (1, 4)]
-        out = torch.zeros(1, 900, device=device)
-        yield (
-            f"decode_linear_sum {size}",
-            lambda out=out, xs=xs, weights=weights: ops.decode_linear_sum(
-                out, (xs[0], xs[1]), weights, (None, None)
-            ),
-        )
+    # More rows of a block than it has under way: from the first weight to the second.
+    for size, rows in ((320, 2600), (4096, 1300)):
+        both = make_sum((size, 4 * size), rows, HALF, device)
+        yield f"decode_linear_sum {size}", partial(add_both, *both, device)
 
 
 def attention(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from test_decode_attention import make_attention
 from test_decode_embed import make_embed
-from test_decode_layers import SMALL, engine_of
+from test_decode_layers import make_layers
 from test_decode_linear import add_both, make_linear, make_sum
 from test_decode_norms import make_add_norm, vector
 from test_decode_sample import FILTERS
@@ -33,7 +33,10 @@ def calls(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     if device == "cuda":
         yield "decode_sample", make_sample(1000, 3, FILTERS["all"], device)
         yield "decode_sample, long", make_sample(70000, 2, FILTERS["k and p"], device)
-        yield from layers()
+        # Its own layers: racecheck breaks off in cuBLAS's kernels, which a model's forward runs.
+        if torch.cuda.get_device_capability()[0] >= 9:
+            for size, length in ((768, 41), (1600, 300)):
+                yield f"decode_layers {size}, {length}", make_layers(size, length)
 
 
 def linear(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -102,18 +105,6 @@ def small(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     )
     sinks = make_sinks(HALF, device)
     yield "decode_sinks", lambda: ops.decode_sinks(**sinks, window=WINDOW)
-
-
-def layers() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Where the GPU has that kernel."""
-    engine = engine_of(SMALL, HALF, 64)
-    for cache in (*engine.keys, *engine.values):
-        cache.normal_()
-    engine.begin((), 0)
-    engine.begin_at(41, torch.zeros(1, dtype=torch.int64))
-    for kernel in engine.kernels:
-        if kernel.name == "embed, layers":
-            yield "decode_layers", kernel.run
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from hf_fuse import ops
 from hf_fuse.decode.engine import DecodeEngine
 from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.decode.stack import Stack
-from hf_fuse.ops.decode_layers import suits
+from hf_fuse.ops.decode_layers import Layer, layer_table, suits, workspace
 
 pytestmark = pytest.mark.cuda
 GPT2_SHAPES = tuple(case for case in REAL_SHAPES if case.model_type == "gpt2")
@@ -55,6 +55,53 @@ def steps(engine: DecodeEngine, ids: Tensor, padding: int = 0) -> Tensor:
         rows.append(engine.logits.clone())
     torch.cuda.synchronize()
     return torch.cat(rows)
+
+
+@dataclass
+class Layers:
+    """A call of the op without a model, and what it is given by address."""
+
+    layers: list[Layer]
+    arguments: dict[str, Any]
+
+    def __call__(self) -> Tensor:
+        ops.decode_layers(**self.arguments)
+        return self.arguments["residual"]
+
+
+def make_layers(size: int, length: int) -> Layers:
+    """Three layers in bfloat16 after `length` tokens, of which 3 are padding."""
+    torch.manual_seed(0)
+    heads, capacity = size // 64, length + 1
+
+    def random(*shape: int, scale: float = 0.05) -> Tensor:
+        return (torch.randn(shape, device="cuda") * scale).bfloat16()
+
+    def norm_and(rows: int) -> tuple[Tensor, ...]:
+        return random(size, scale=0.3) + 1, random(size), random(rows, size), random(rows)
+
+    def layer() -> Layer:
+        caches = (random(1, heads, capacity, 64, scale=1) for _ in range(2))
+        return Layer(
+            *norm_and(3 * size), random(size, size), random(size),
+            *norm_and(4 * size), random(size, 4 * size), random(size), *caches,
+        )  # fmt: skip
+
+    layers, table = [layer() for _ in range(3)], random(50, size, scale=1)
+    assert suits(table, layers, heads)
+    token, at, start = (torch.tensor([i], device="cuda") for i in (7, length, 3))
+    arguments = {
+        "residual": torch.empty(1, size, device="cuda"),
+        "scratch": workspace(size, table.device),
+        "layers": layer_table(layers),
+        "token": token,
+        "table": table,
+        "positions": random(capacity, size, scale=1),
+        "length": at,
+        "start": start,
+    }
+    sizes = {"num_heads": heads, "middle": 4 * size, "capacity": capacity}
+    return Layers(layers, {**arguments, **sizes, "eps": 1e-5, "scaling": 0.125, "act": "gelu_tanh"})
 
 
 def without_stack(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> Any:
@@ -205,24 +252,8 @@ def test_suits_by_addresses_and_shapes() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors_name_the_tensor(changes: dict, message: str) -> None:
-    engine = engine_of(SMALL, torch.bfloat16, 40)
-    spec = engine.spec
-    stack = Stack.of(spec, engine.keys, engine.values, "auto")
-    assert stack is not None
-    arguments = {
-        "residual": torch.empty(1, 768, device="cuda"),
-        "scratch": stack._scratch,
-        "layers": stack._table,
-        "token": engine.token,
-        "table": spec.embedding,
-        "positions": spec.positions,
-        "length": engine.length,
-        "start": engine.start,
-    }
+    call = make_layers(768, 41)
     for name, change in changes.items():
-        arguments[name] = change(arguments[name])
+        call.arguments[name] = change(call.arguments[name])
     with pytest.raises(RuntimeError, match=message):
-        ops.decode_layers(
-            *arguments.values(), num_heads=12, middle=3072, capacity=256, eps=1e-5, scaling=0.125,
-            act="gelu_tanh",
-        )  # fmt: skip
+        call()

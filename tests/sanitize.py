@@ -33,7 +33,7 @@ def calls(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     if device == "cuda":
         yield "decode_sample", make_sample(1000, 3, FILTERS["all"], device)
         yield "decode_sample, long", make_sample(70000, 2, FILTERS["k and p"], device)
-        # Its own layers: racecheck breaks off in cuBLAS's kernels, which a model's forward runs.
+        # Without a model: with a filter by kernel name racecheck breaks off in cuBLAS's kernels.
         if torch.cuda.get_device_capability()[0] >= 9:
             for size, length in ((768, 41), (1600, 300)):
                 yield f"decode_layers {size}, {length}", make_layers(size, length)

@@ -2,6 +2,9 @@
 // Compiled twice, as bindings.cpp is. What an op computes is said in hf_fuse/ops/decode_<op>.py.
 #include "checks.h"
 #include "decode.h"
+#ifndef HF_FUSE_CUDA
+#include "recording.h"
+#endif
 
 namespace hf_fuse {
 namespace bindings {
@@ -32,6 +35,18 @@ Tensor with_workspace(DecodeLinear* p, const Tensor& like) {
   Tensor workspace = empty(like, {bytes}, ScalarType::Byte);
   p->workspace = workspace.data_ptr();
   return workspace;
+}
+
+// On the device of `like`; on a CPU it is recorded instead, if this thread records.
+template <typename Op, typename... P>
+void run(Op* op, [[maybe_unused]] const Tensor& like, const P&... p) {
+#ifdef HF_FUSE_CUDA
+  DeviceGuard guard(like);
+  op(p..., stream_of(like));
+#else
+  if (is_recording()) return record([=] { op(p..., nullptr); });
+  op(p..., nullptr);
+#endif
 }
 
 DecodeLinear checked_linear(const Tensor& out, const Tensor& x, const OptionalTensor& norm_weight,
@@ -108,9 +123,8 @@ void decode_linear(Tensor out, Tensor x, OptionalTensor norm_weight, OptionalTen
   DecodeLinear p = checked_linear(out, x, norm_weight, norm_bias, eps, rms, weight1, weight2,
                                   weight3, bias1, bias2, bias3, epilogue, act);
   if (out.numel() == 0) return;
-  DeviceGuard guard(x);
   const Tensor workspace = with_workspace(&p, x);
-  hf_fuse::decode_linear(p, stream_of(x));
+  run(hf_fuse::decode_linear, x, p);
 }
 
 void decode_linear_two(Tensor out1, Tensor out2, Tensor x, Tensor norm_weight1,
@@ -129,10 +143,9 @@ void decode_linear_two(Tensor out1, Tensor out2, Tensor x, Tensor norm_weight1,
   check_like("decode_linear", "weight2", weight2, "weight1", weight1);
   if (out1.numel() == 0 || out2.numel() == 0)
     fail("decode_linear: two projections need rows, got ", shape_of(out1), " and ", shape_of(out2));
-  DeviceGuard guard(x);
   const Tensor workspace = with_workspace(&a, x);  // one for both: one runs after the other
   b.workspace = a.workspace;
-  hf_fuse::decode_linear_two(a, b, stream_of(x));
+  run(hf_fuse::decode_linear_two, x, a, b);
 }
 
 void decode_linear_sum(Tensor out, Tensor x1, Tensor x2, Tensor weight1, OptionalTensor bias1,
@@ -145,8 +158,7 @@ void decode_linear_sum(Tensor out, Tensor x1, Tensor x2, Tensor weight1, Optiona
   const DecodeLinear a = checked(x1, weight1, bias1), b = checked(x2, weight2, bias2);
   check_like("decode_linear", "weight2", weight2, "weight1", weight1);
   if (out.numel() == 0) return;
-  DeviceGuard guard(out);
-  hf_fuse::decode_linear_sum(a, b, stream_of(out));
+  run(hf_fuse::decode_linear_sum, out, a, b);
 }
 
 void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cache, Tensor length,
@@ -201,8 +213,7 @@ void decode_attention(Tensor out, Tensor qkv, Tensor key_cache, Tensor value_cac
   p.length = int64_of(length), p.start = int64_of(start);
   p.out = out.data_ptr();
   if (p.batch == 0) return;
-  DeviceGuard guard(qkv);
-  hf_fuse::decode_attention(p, stream_of(qkv));
+  run(hf_fuse::decode_attention, qkv, p);
 }
 
 void decode_sinks(Tensor keys, Tensor values, Tensor sink_keys, Tensor sink_values, Tensor length,
@@ -241,8 +252,7 @@ void decode_sinks(Tensor keys, Tensor values, Tensor sink_keys, Tensor sink_valu
   p.keys = keys.data_ptr(), p.values = values.data_ptr();
   p.length = int64_of(length), p.start = int64_of(start);
   if (sink_keys.numel() == 0) return;
-  DeviceGuard guard(keys);
-  hf_fuse::decode_sinks(p, stream_of(keys));
+  run(hf_fuse::decode_sinks, keys, p);
 }
 
 // A norm's weight, [size] and like `like`; null without one.
@@ -280,8 +290,7 @@ void decode_add_norm(Tensor out, Tensor residual, OptionalTensor delta, Optional
   p.eps = static_cast<float>(eps), p.offset = static_cast<float>(offset);
   p.residual = static_cast<float*>(residual.data_ptr()), p.out = out.data_ptr();
   if (out.numel() == 0) return;
-  DeviceGuard guard(out);
-  hf_fuse::decode_add_norm(p, stream_of(out));
+  run(hf_fuse::decode_add_norm, out, p);
 }
 
 void decode_head_norm(Tensor qkv, Tensor q_weight, Tensor k_weight, int64_t q_width,
@@ -309,8 +318,7 @@ void decode_head_norm(Tensor qkv, Tensor q_weight, Tensor k_weight, int64_t q_wi
   p.eps = static_cast<float>(eps), p.offset = static_cast<float>(offset);
   p.qkv = static_cast<float*>(qkv.data_ptr());
   if (qkv.numel() == 0 || q_width + k_width == 0) return;
-  DeviceGuard guard(qkv);
-  hf_fuse::decode_head_norm(p, stream_of(qkv));
+  run(hf_fuse::decode_head_norm, qkv, p);
 }
 
 void decode_embed(Tensor residual, Tensor token, Tensor table, OptionalTensor positions,
@@ -339,8 +347,7 @@ void decode_embed(Tensor residual, Tensor token, Tensor table, OptionalTensor po
   p.scale = static_cast<float>(scale);
   p.table = table.data_ptr(), p.residual = static_cast<float*>(residual.data_ptr());
   if (p.batch == 0) return;
-  DeviceGuard guard(table);
-  hf_fuse::decode_embed(p, stream_of(table));
+  run(hf_fuse::decode_embed, table, p);
 }
 
 DecodeSelect checked_select(const char* op, const Tensor& token, const Tensor& finished,
@@ -380,8 +387,7 @@ void decode_select(Tensor token, Tensor finished, Tensor history, Tensor length,
   const DecodeSelect p = checked_select("decode_select", token, finished, history, length, step,
                                         workspace, logits, eos, pad, min_step);
   if (p.batch == 0) return;
-  DeviceGuard guard(logits);
-  hf_fuse::decode_select(p, stream_of(logits));
+  run(hf_fuse::decode_select, logits, p);
 }
 
 #ifdef HF_FUSE_CUDA
@@ -411,8 +417,7 @@ void decode_sample(Tensor token, Tensor finished, Tensor history, Tensor length,
   check_device(op, "filters", filters, "logits", logits);
   p.filters = static_cast<const double*>(filters.data_ptr());
   if (p.select.batch == 0) return;
-  DeviceGuard guard(logits);
-  hf_fuse::decode_sample(p, stream_of(logits));
+  run(hf_fuse::decode_sample, logits, p);
 }
 
 DecodeLayers layers_of(const Tensor& table, int64_t num_layers, int64_t num_heads, int64_t middle) {
@@ -457,8 +462,7 @@ void decode_layers(Tensor residual, Tensor workspace, Tensor layers, Tensor toke
   p.table = table.data_ptr(), p.positions = positions.data_ptr();
   p.token = int64_of(token), p.length = int64_of(length), p.start = int64_of(start);
   p.residual = static_cast<float*>(residual.data_ptr()), p.workspace = workspace.data_ptr();
-  DeviceGuard guard(table);
-  hf_fuse::decode_layers(p, stream_of(table));
+  run(hf_fuse::decode_layers, table, p);
 }
 #endif
 

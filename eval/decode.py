@@ -71,12 +71,13 @@ class DecodeResult:
     repeats: int
     identical: bool
     first_mismatch: tuple[int, int] | None
+    step_bytes: int  # what a step must read: see `step_bytes`
     unpatched: Timing
     patched: Timing
     report: Report
     static_compile: Timing | None = None  # transformers' static cache and torch.compile
     sampled: Timing | None = None  # patched, with SAMPLING
-    floor_ms: float | None = None  # the bytes of a step at the measured read bandwidth
+    floor_ms: float | None = None  # step_bytes at the measured read bandwidth
 
     @property
     def speedup(self) -> float:
@@ -134,6 +135,7 @@ def evaluate_decode(
         first_mismatch(a, b) for a, b in zip(unpatched.tokens, patched.tokens, strict=True)
     )
     mismatch = next((m for m in mismatches if m is not None), None)
+    read = step_bytes(model, input_ids.shape, new_tokens)
     return DecodeResult(
         prompt_length=input_ids.shape[1],
         batch_size=input_ids.shape[0],
@@ -141,14 +143,13 @@ def evaluate_decode(
         repeats=repeats,
         identical=mismatch is None,
         first_mismatch=mismatch,
+        step_bytes=read,
         unpatched=unpatched.timing(),
         patched=patched.timing(),
         report=report,
         static_compile=compiled.timing() if static_compile else None,
         sampled=sampled.timing() if sample else None,
-        floor_ms=None
-        if read_bandwidth is None
-        else 1e3 * step_bytes(model, input_ids.shape, new_tokens) / read_bandwidth,
+        floor_ms=None if read_bandwidth is None else 1e3 * read / read_bandwidth,
     )
 
 

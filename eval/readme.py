@@ -143,8 +143,8 @@ def decode_section() -> str:
                     for row in _sweep("batches", "batch_size", sides[:3])
                 ],
             ),
-            "On two CPU cores, TPOT, ratios of one run each, and what they read: parameters, in "
-            "GB, over the time per token. Memory is the bound, and other work shares it:",
+            "On two CPU cores, TPOT, ratios of one run each, and at what rate the weights and the "
+            "cache are read. Memory is the bound, and other work shares it:",
             _markdown(["shape", "dtype", "on", "×", "GB/s eager", "patched"], cpu_rows),
             "Perplexity in bf16, the patched model token by token through those steps (tiny "
             "models, CPU; KL is the divergence from the fp32 model, in nats):",
@@ -220,8 +220,8 @@ def results_section() -> str:
 
 
 def _gb_per_s(run: dict[str, Any], side: str) -> str:
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}[run["dtype"]]
-    return f"{run['parameters'] * size / run['result'][side]['tpot_ms']['p50'] / 1e6:.1f}"
+    result = run["result"]
+    return f"{result['step_bytes'] / result[side]['tpot_ms']['p50'] / 1e6:.1f}"
 
 
 def _days(runs: list[dict[str, Any]]) -> str:

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kTileRows = 4, kTileBatch = 4;
 constexpr int64_t kBlockRows = 256;  // between two epilogues; a multiple of a vector
 constexpr int64_t kSumSize = 1024;   // a multiple of a vector
+constexpr int64_t kAhead = 2048;     // bytes: the hardware's prefetcher stops at the end of a page
 
 // What the rows are multiplied with: [batch, stride] in fp32, zero from size to stride.
 struct Input {
@@ -86,7 +87,9 @@ void multiply_tile(const T* weight, int64_t stride, int64_t spacing, const float
     for (int64_t i = first; i < end; i += kLanes<float>) {
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const vec<float> w = load_vec(weight + r * spacing * stride + i, size - i);
+        const T* from = weight + r * spacing * stride + i;
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+        const vec<float> w = load_vec(from, size - i);
 #pragma GCC unroll 4
         for (int b = 0; b < kBatch; ++b)
           sum[r][b] = multiply_add(w, load_vec(x + b * x_stride + i), sum[r][b]);

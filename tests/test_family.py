@@ -60,7 +60,8 @@ def test_a_step_of_the_engine_is_fused(case: Case, device: str) -> None:
     ids, new, layers = tokens_for(model, 2, 9), 5, len(layers_of(model))
     with count_ops() as calls:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **GREEDY)
-    prompts, steps = (1, new - 1) if device == "cpu" else (2, 2)
+    prompts, steps, runs = (1, 2, new - 1) if device == "cpu" else (2, 2, 0)
+    assert calls["hf_fuse::run_recording"] == runs
     norms = norms_declared(model)
     chained = norms.after_attention is not None or norms.kind == "rms_offset"
     heads = hasattr(layers_of(model)[0].self_attn, "q_norm")

@@ -18,7 +18,7 @@ from hf_fuse import ops
 from hf_fuse.decode.engine import DecodeEngine
 from hf_fuse.decode.obstacles import spec_of
 from hf_fuse.ops._library import kernels
-from hf_fuse.ops.recording import Recording
+from hf_fuse.ops.recording import Recording, recorded
 
 assert kernels("cpu")
 BATCH, LENGTH, STEPS = 2, 7, 5
@@ -46,6 +46,29 @@ def test_nothing_runs_before_run() -> None:
     call()
     call()
     assert torch.equal(found, out)
+
+
+def test_what_others_run_is_left_as_it_is() -> None:
+    out, other = torch.zeros(2, 300), torch.zeros(2, 300)
+    call, call_other = linear_into(out), linear_into(other)
+
+    def scale() -> None:
+        out.mul_(2)
+
+    def both() -> None:
+        call_other()
+        other.add_(1)
+
+    runs = recorded([call, call, scale, both, call])
+    assert [run in (scale, both) for run in runs] == [False, True, True, False]
+    outs = []
+    for each in (runs, (call, call, scale, both, call)):
+        out.fill_(1)
+        other.fill_(1)
+        for run in each:
+            run()
+        outs.append((out.clone(), other.clone()))
+    assert all(map(torch.equal, *outs))
 
 
 def test_another_thread_is_not_recorded() -> None:
@@ -129,4 +152,4 @@ def test_a_step_is_one_call_with_the_kernels_bits(case: Case) -> None:
 def test_the_reference_is_not_recorded() -> None:
     model = hf_fuse.patch(PLAIN[0].build())
     engine = DecodeEngine(spec_of(model), BATCH, LENGTH, backend="reference")
-    assert engine._launches == tuple(kernel.run for kernel in engine.kernels)
+    assert engine._launches == [kernel.run for kernel in engine.kernels]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from hf_fuse.decode.spec import DecoderSpec, LayerSpec, Norm
 from hf_fuse.decode.stack import Stack
 from hf_fuse.ops._library import use_kernel
 from hf_fuse.ops.decode_select import workspace
-from hf_fuse.ops.recording import Recording
+from hf_fuse.ops.recording import recorded
 
 CAPACITY_STEP = 256  # cache slots are allocated in steps of this, so that engines are used again
 EXTRA_STEPS = 2  # the host is a step behind: a finished sequence is stepped once more
@@ -45,7 +44,6 @@ class Kernel:
     name: str
     run: Callable[[], None]
     weights: tuple[Tensor, ...] = ()
-    by_torch: bool = False  # not one of `ops`
 
 
 class DecodeEngine:
@@ -106,7 +104,9 @@ class DecodeEngine:
         self.logits = self._empty(batch, sum(len(w) for w in spec.head.weights))
         self._prompt = self._zeros(batch, GRAPH_TOKENS)
         self.kernels = tuple(self._kernels())
-        self._launches = tuple(self._launch())
+        self._launches = [kernel.run for kernel in self.kernels]
+        if self.device.type == "cpu" and use_kernel(spec.embedding, backend):
+            self._launches = recorded(self._launches)
 
     def serves(
         self,
@@ -281,19 +281,6 @@ class DecodeEngine:
         if select:
             self._select()
 
-    def _launch(self) -> Iterator[Callable[[], None]]:
-        """The kernels; on a CPU those of `ops` that follow one another by one call, for by its own
-        each takes Python and torch's dispatcher longer than a small kernel runs.
-        """
-        table = self.spec.embedding
-        recorded = table.device.type == "cpu" and use_kernel(table, self.backend)
-        for by_torch, kernels in groupby(self.kernels, lambda kernel: kernel.by_torch):
-            runs = [kernel.run for kernel in kernels]
-            if recorded and not by_torch:
-                yield Recording(runs).run
-            else:
-                yield from runs
-
     def _kernels(self) -> Iterator[Kernel]:
         """The step, but for the selection."""
         spec, residual = self._step_spec, self._residual
@@ -333,7 +320,7 @@ class DecodeEngine:
         yield Kernel("norm, head", head, spec.head.weights)
         if spec.logits_scale != 1 or spec.logits_softcap:
             scale = partial(_scale_, logits, spec.logits_scale, spec.logits_softcap)
-            yield Kernel("scale and cap of the logits", scale, by_torch=True)
+            yield Kernel("scale and cap of the logits", scale)
 
     def _layer(self, layer: LayerSpec, keys: Tensor, values: Tensor) -> Iterator[Kernel]:
         residual = self._residual

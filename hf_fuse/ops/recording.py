@@ -8,11 +8,31 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fuse import jit
 from hf_fuse.ops._library import kernels
+
+Call = Callable[[], None]
+
+
+def recorded(calls: Iterable[Call]) -> list[Call]:
+    """What does the same as `calls`, in turn: neighbours that run nothing but `decode_` ops' CPU
+    kernels as one `Recording`, the others as they are.
+
+    To find them each is called once, which writes what others than those kernels write.
+    """
+    runs: list[Call] = []
+    for recordable, group in groupby(calls, _is_recordable):
+        if recordable:
+            runs.append(Recording(group).run)
+        else:
+            runs += group
+    return runs
 
 
 class Recording:
@@ -23,7 +43,7 @@ class Recording:
     RuntimeError where the CPU kernels could not be built, and for a recording within another.
     """
 
-    def __init__(self, calls: Iterable[Callable[[], None]]):
+    def __init__(self, calls: Iterable[Call]):
         if not kernels("cpu"):
             raise RuntimeError(
                 f"hf_fuse: a recording needs the CPU kernels, which could not be built: "
@@ -42,3 +62,24 @@ class Recording:
     def run(self) -> None:
         """Run the kernels."""
         torch.ops.hf_fuse.run_recording.default(self._number)
+
+
+class _Others(TorchDispatchMode):
+    """Sees whether there are calls of other ops."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found |= not func.name().startswith("hf_fuse::decode_")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_recordable(call: Call) -> bool:
+    others = _Others()
+
+    def watched() -> None:
+        with others:
+            call()
+
+    Recording([watched])
+    return not others.found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from hf_fuse.eval.environment import evaluating
 from hf_fuse.eval.kernels import time_alone
 from hf_fuse.eval.loading import decoder_spec_of
 from hf_fuse.eval.report import table
+from hf_fuse.ops.recording import recorded
 
 ROOM = 64  # slots beyond the context: replays of the whole step move on
 
@@ -93,18 +94,13 @@ def measure_step(
         read["embed"] = batch_size * spec.embedding[0].nbytes
         slots = engine.keys[0][:, :, :context]
         read["rotary, cache, attention"] = 2 * _nbytes(slots) * len(spec.layers)
-        timed = [_timed(name, runs, read[name], on_gpu) for name, runs in kinds.items()]
-        logits = engine.logits.nbytes
-        timed.append(_timed("select", [engine.select], logits, on_gpu))
+        read["select"] = engine.logits.nbytes
+        kinds["select"] = [engine.select]
+        timed = [_timed(name, len(runs), runs, read[name], on_gpu) for name, runs in kinds.items()]
         begin()
         report = hf_fuse.report(model)
-
-        def step() -> None:
-            for kernel in engine.kernels:
-                kernel.run()
-            engine.select()
-
-        whole = _timed("step", [step], sum(read.values()) + logits, on_gpu)
+        step = [*(kernel.run for kernel in engine.kernels), engine.select]
+        whole = _timed("step", 1, step, sum(read.values()), on_gpu)
     return StepResult(batch_size, context, tuple(timed), whole, bandwidth, report)
 
 
@@ -113,15 +109,20 @@ def _nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _timed(name: str, runs: list[Callable[[], None]], read: int, on_gpu: bool) -> Timed:
-    """`runs` one after another; what one takes, and its share of the bytes that all read."""
+def _timed(
+    name: str, count: int, runs: Sequence[Callable[[], None]], read: int, on_gpu: bool
+) -> Timed:
+    """`runs` one after another, on a CPU as the engine runs them: recorded. What one of `count`
+    takes, and its share of the bytes that all read.
+    """
+    calls = runs if on_gpu else recorded(runs)
 
     def call() -> None:
-        for run in runs:
+        for run in calls:
             run()
 
     seconds = time_alone(call, calls=1) if on_gpu else _on_cpu(call)
-    return Timed(name, len(runs), seconds * 1e6 / len(runs), read // len(runs))
+    return Timed(name, count, seconds * 1e6 / count, read // count)
 
 
 def _on_cpu(call: Callable[[], None]) -> float:

@@ -2,9 +2,7 @@
 // Compiled twice, as bindings.cpp is. What an op computes is said in hf_fuse/ops/decode_<op>.py.
 #include "checks.h"
 #include "decode.h"
-#ifndef HF_FUSE_CUDA
 #include "recording.h"
-#endif
 
 namespace hf_fuse {
 namespace bindings {

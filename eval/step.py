@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,7 +25,6 @@ from hf_fuse.eval.environment import evaluating
 from hf_fuse.eval.kernels import time_alone
 from hf_fuse.eval.loading import decoder_spec_of
 from hf_fuse.eval.report import table
-from hf_fuse.ops.recording import recorded
 
 ROOM = 64  # slots beyond the context: replays of the whole step move on
 
@@ -96,11 +95,14 @@ def measure_step(
         read["rotary, cache, attention"] = 2 * _nbytes(slots) * len(spec.layers)
         read["select"] = engine.logits.nbytes
         kinds["select"] = [engine.select]
-        timed = [_timed(name, len(runs), runs, read[name], on_gpu) for name, runs in kinds.items()]
+        timed = [
+            _timed(name, len(runs), engine.launches(runs), read[name], on_gpu)
+            for name, runs in kinds.items()
+        ]
         begin()
         report = hf_fuse.report(model)
         step = [*(kernel.run for kernel in engine.kernels), engine.select]
-        whole = _timed("step", 1, step, sum(read.values()), on_gpu)
+        whole = _timed("step", 1, engine.launches(step), sum(read.values()), on_gpu)
     return StepResult(batch_size, context, tuple(timed), whole, bandwidth, report)
 
 
@@ -109,16 +111,11 @@ def _nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _timed(
-    name: str, count: int, runs: Sequence[Callable[[], None]], read: int, on_gpu: bool
-) -> Timed:
-    """`runs` one after another, on a CPU as the engine runs them: recorded. What one of `count`
-    takes, and its share of the bytes that all read.
-    """
-    calls = runs if on_gpu else recorded(runs)
+def _timed(name: str, count: int, runs: list[Callable[[], None]], read: int, on_gpu: bool) -> Timed:
+    """`runs` one after another: what one of `count` takes, and its share of the bytes they read."""
 
     def call() -> None:
-        for run in calls:
+        for run in runs:
             run()
 
     seconds = time_alone(call, calls=1) if on_gpu else _on_cpu(call)

@@ -13,6 +13,7 @@ from transformers import BertConfig, GPT2Config
 import hf_fuse
 from hf_fuse import cli, jit
 from hf_fuse.eval import shapes
+from hf_fuse.ops import _library
 
 FAST = ["--device", "cpu"]
 
@@ -142,6 +143,17 @@ def test_step_times_each_kernel(device, tmp_path, capsys):
     assert saved["step"]["us"] > max(row["us"] for row in saved["kernels"])
     assert all(name in printed for name in counts)
     assert saved["read_bytes_per_s"] is None or "% of read" in printed
+
+
+def test_step_times_torch_where_there_are_no_kernels(tmp_path, monkeypatch):
+    path = tmp_path / "step.json"
+    arguments = ["step", "tiny-llama", *FAST, "--json", str(path)]
+    assert cli.main([*arguments, "--backend", "reference"]) == 0
+    monkeypatch.setitem(_library._ready, "cpu", False)
+    path.unlink()
+    assert cli.main(arguments) == 0
+    saved = json.loads(path.read_text())
+    assert saved["step"]["us"] > max(row["us"] for row in saved["kernels"])
 
 
 def test_supported_lists_the_architectures(capsys):

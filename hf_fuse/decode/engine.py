@@ -10,7 +10,7 @@ sizes and is closer to the fp32 model than rounding them to bfloat16 would be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -104,9 +104,7 @@ class DecodeEngine:
         self.logits = self._empty(batch, sum(len(w) for w in spec.head.weights))
         self._prompt = self._zeros(batch, GRAPH_TOKENS)
         self.kernels = tuple(self._kernels())
-        self._launches = [kernel.run for kernel in self.kernels]
-        if self.device.type == "cpu" and use_kernel(spec.embedding, backend):
-            self._launches = recorded(self._launches)
+        self._launches = self.launches(kernel.run for kernel in self.kernels)
 
     def serves(
         self,
@@ -124,6 +122,12 @@ class DecodeEngine:
             and len(self.history) >= steps + EXTRA_STEPS
             and self.fingerprint == spec.fingerprint()
         )
+
+    def launches(self, runs: Iterable[Callable[[], None]]) -> list[Callable[[], None]]:
+        """`runs` as a step runs them: on a CPU, kernels that follow one another by one call."""
+        if self.device.type == "cpu" and use_kernel(self.spec.embedding, self.backend):
+            return recorded(runs)
+        return list(runs)
 
     def begin(self, eos: Sequence[int], pad: int, min_step: int = 0) -> None:
         """Start anew, with empty caches; `prefill` or `fill` brings the prompt. Before step
